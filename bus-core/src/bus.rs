@@ -212,33 +212,35 @@ impl Publisher {
     }
 }
 
-/// Splits a batch into what may go to the broker and what is refused before: events above `event_bytes_max`, and, for a
-/// [`OrderOnFailure::FailStop`] bus, every later event of a refused one's key.
-///
-/// Answers the events that may go, each with its index in the batch, and the outcomes of the others.
-pub fn admit_batch(
-    batch: Vec<Event>,
-    event_bytes_max: usize,
-    order: OrderOnFailure,
-) -> (Vec<(usize, Event)>, Vec<(usize, Outcome)>) {
-    let mut admitted = Vec::with_capacity(batch.len());
-    let mut refused: Vec<(usize, Outcome)> = Vec::new();
+/// A batch, split into what may go to the broker and what is refused before.
+#[derive(Debug, Default)]
+pub struct AdmittedBatch {
+    /// The events that may go, each with its index in the batch.
+    pub events: Vec<(usize, Event)>,
+    /// The outcomes of the others, by their index in the batch.
+    pub refused: Vec<(usize, Outcome)>,
+}
+
+/// Refuses events above `event_bytes_max` and, for a [`OrderOnFailure::FailStop`] bus, every later event of a refused
+/// one's key.
+pub fn admit_batch(batch: Vec<Event>, event_bytes_max: usize, order: OrderOnFailure) -> AdmittedBatch {
+    let mut admitted = AdmittedBatch { events: Vec::with_capacity(batch.len()), refused: Vec::new() };
     let mut stopped: Vec<Event> = Vec::new();
     for (index, event) in batch.into_iter().enumerate() {
         let same_key = |other: &Event| other.key().is_some() && other.key() == event.key();
         if event.size_bytes() > event_bytes_max {
-            refused.push((index, Err(too_large(&event, event_bytes_max))));
+            admitted.refused.push((index, Err(too_large(&event, event_bytes_max))));
             if order == OrderOnFailure::FailStop {
                 stopped.push(event);
             }
         } else if stopped.iter().any(|other| same_key(other) && other.topic() == event.topic()) {
             let message = "held back: an earlier event of its key was refused";
-            refused.push((index, Err(BusError::new(ErrorKind::Unavailable, message))));
+            admitted.refused.push((index, Err(BusError::new(ErrorKind::Unavailable, message))));
         } else {
-            admitted.push((index, event));
+            admitted.events.push((index, event));
         }
     }
-    (admitted, refused)
+    admitted
 }
 
 /// The verdict on an event larger than a bus takes.

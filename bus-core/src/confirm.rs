@@ -36,8 +36,10 @@ pub struct Confirmations {
     len: usize,
     known: Known,
     later: Option<Arc<Shared>>,
-    inspect: Option<Box<dyn FnMut(&Outcome) + Send>>,
+    inspect: Option<Inspect>,
 }
+
+type Inspect = Box<dyn FnMut(&Outcome) + Send>;
 
 enum Known {
     /// From this index to the end, all the same.

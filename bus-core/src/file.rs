@@ -15,7 +15,9 @@ use url::Url;
 use crate::{
     BusAdmin, BusError, Capabilities, Confirmations, ErrorKind, Event, EventBus, Group, GroupLag, Health, LogWriter,
     Mark, OrderOnFailure, Outcome, Position, Receipt, Seq, StoredDeadLetter, SubscribeFrom, SubscribeRequest,
-    Subscription, Text, Topic, TopicSpec, Topology, WriterId, bus::admit_batch, url_options::UrlOptions,
+    Subscription, Text, Topic, TopicSpec, Topology, WriterId,
+    bus::{AdmittedBatch, admit_batch},
+    url_options::UrlOptions,
     writer::stopped,
 };
 
@@ -108,7 +110,7 @@ impl FileBus {
 impl Inner {
     fn append(&self, batch: Vec<Event>) -> Vec<Outcome> {
         let mut outcomes: Vec<Outcome> = vec![Ok(Receipt::default()); batch.len()];
-        let (admitted, refused) = admit_batch(batch, EVENT_BYTES_MAX, OrderOnFailure::FailStop);
+        let AdmittedBatch { events: admitted, refused } = admit_batch(batch, EVENT_BYTES_MAX, OrderOnFailure::FailStop);
         for (index, outcome) in refused {
             outcomes[index] = outcome;
         }

@@ -176,8 +176,8 @@ pub async fn a_member_that_leaves_hands_over_what_it_did_not_settle(fixture: &Fi
     let mut in_hand = first.take(6).await;
     let rest = in_hand.split_off(3);
     in_hand.into_iter().for_each(crate::Delivery::ack);
-    drop(rest);
     first.close().await;
+    drop(rest);
     let mut second = fixture.member(&fixture.bus().await, &topic, "workers").await;
     assert_eq!(ids(&second.drain(&bus).await), ["key-0-3", "key-0-4", "key-0-5"]);
 }

@@ -68,7 +68,8 @@ pub async fn every_attribute_survives(fixture: &Fixture) {
     fixture.publish(&bus, published.clone()).await;
     let mut read = reader.events().await;
     let by_id = |one: &Event, other: &Event| one.id().cmp(other.id());
-    (published.sort_by(by_id), read.sort_by(by_id));
+    published.sort_by(by_id);
+    read.sort_by(by_id);
     assert_eq!(ids(&read), ids(&published));
     for (read, published) in read.iter().zip(&published) {
         assert_eq!(read, published);

@@ -211,7 +211,7 @@ pub async fn dead_letters_are_listed_and_removed_one_by_one(fixture: &Fixture) {
     loop {
         let page = bus.admin().dead_letters(&topic, &group, after.as_deref(), 3).await.expect("a page");
         let Some(last) = page.last() else { break };
-        assert!(page.len() <= 3);
+        assert!(page.len() <= 3 && listed.len() < 100, "pages go on behind the last position");
         after = Some(last.position.clone());
         listed.extend(page.into_iter().map(|dead| dead.event));
     }

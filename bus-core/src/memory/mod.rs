@@ -20,7 +20,7 @@ use url::Url;
 use crate::{
     BusAdmin, BusError, Capabilities, Confirmations, ErrorKind, Event, EventBus, Health, LogWriter, OrderOnFailure,
     Outcome, Receipt, SubscribeRequest, Subscription, WriterId,
-    bus::{DEFAULT_PARTITIONS, admit_batch},
+    bus::{AdmittedBatch, DEFAULT_PARTITIONS, admit_batch},
     url_options::UrlOptions,
 };
 use state::{Full, State};
@@ -207,7 +207,8 @@ impl EventBus for InMemoryBus {
             return Confirmations::ready(Vec::new());
         }
         let capabilities = self.capabilities();
-        let (admitted, refused) = admit_batch(batch, capabilities.event_bytes_max, capabilities.order_on_failure);
+        let AdmittedBatch { events: admitted, refused } =
+            admit_batch(batch, capabilities.event_bytes_max, capabilities.order_on_failure);
         let (indexes, events): (Vec<usize>, Vec<Event>) = admitted.into_iter().unzip();
         let mut events = Some(events);
         let stored = self.hand_over(|state| try_publish(state, &mut events)).await;

@@ -9,7 +9,9 @@ use super::{
 };
 use crate::{
     BusError, Confirmations, ErrorKind, Event, EventBus, LogWriter, Mark, Outcome, Position, Receipt, Seq, Text,
-    WriterId, bus::admit_batch, writer::stopped,
+    WriterId,
+    bus::{AdmittedBatch, admit_batch},
+    writer::stopped,
 };
 
 #[derive(Debug)]
@@ -39,7 +41,8 @@ impl MemoryWriter {
             return Confirmations::same(len, Err(broken.clone()));
         }
         let capabilities = self.bus.capabilities();
-        let (admitted, refused) = admit_batch(batch, self.event_bytes_max, capabilities.order_on_failure);
+        let AdmittedBatch { events: admitted, refused } =
+            admit_batch(batch, self.event_bytes_max, capabilities.order_on_failure);
         self.broken = (!refused.is_empty()).then(stopped);
         let mut pending = Pending::new(admitted, seqs);
         let hold = &self.hold;
