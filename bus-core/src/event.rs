@@ -265,6 +265,21 @@ impl Event {
     }
 }
 
+/// The extension that names the log an event was relayed from.
+pub const OUTBUS_LOG: &str = "outbuslog";
+/// The extension that holds an event's place in that log.
+pub const OUTBUS_SEQ: &str = "outbusseq";
+
+impl Event {
+    /// Writes on the event from which log and place it is relayed. That replaces what it says of itself.
+    pub fn stamp(&mut self, log: &Text, seq: crate::Seq) {
+        let extensions = &mut Arc::make_mut(&mut self.0).extensions;
+        // Both names are valid, and the values are a UUID and a number.
+        extensions.put(Text::from_static(OUTBUS_LOG), log.clone());
+        extensions.put(Text::from_static(OUTBUS_SEQ), seq.0.into());
+    }
+}
+
 impl EventParts {
     fn check(&self) -> Result<(), EventError> {
         check_length("id", &self.id, ID_BYTES_MAX)?;
@@ -491,17 +506,21 @@ impl Extensions {
     pub fn insert(&mut self, name: impl Into<Text>, value: impl Into<Text>) -> Result<(), EventError> {
         let (name, value) = (name.into(), value.into());
         check_extension(&name, &value).map_err(|problem| EventError::new(display_name(&name), problem))?;
+        let is_full = || self.0.iter().filter(|(name, _)| !is_own(name)).count() == EXTENSIONS_MAX;
+        if self.position(&name).is_err() && !is_own(&name) && is_full() {
+            let problem = format!("is one too many; at most {EXTENSIONS_MAX} extensions are allowed");
+            return Err(EventError::new(display_name(&name), problem));
+        }
+        self.put(name, value);
+        Ok(())
+    }
+
+    /// Adds an extension that needs no check.
+    fn put(&mut self, name: Text, value: Text) {
         match self.position(&name) {
             Ok(at) => self.0[at].1 = value,
-            Err(_) if !is_own(&name) && self.0.iter().filter(|(name, _)| !is_own(name)).count() == EXTENSIONS_MAX => {
-                return Err(EventError::new(
-                    display_name(&name),
-                    format!("is one too many; at most {EXTENSIONS_MAX} extensions are allowed"),
-                ));
-            }
             Err(at) => self.0.insert(at, (name, value)),
         }
-        Ok(())
     }
 
     /// Takes an extension away and answers its value.

@@ -33,7 +33,7 @@ pub use confirm::{Confirmations, Confirmer, Outcome, Receipt};
 pub use consumer::{Consumer, ConsumerSummary, Unknown};
 pub use delivery::{DeadCause, DeadReason, Delivery, Ownership, Settle, Settled, Settlement};
 pub use error::{BusError, ErrorKind};
-pub use event::{Event, EventBuilder, EventParts, EventType, Extensions};
+pub use event::{Event, EventBuilder, EventParts, EventType, Extensions, OUTBUS_LOG, OUTBUS_SEQ};
 pub use feed::PartitionFeed;
 pub use file::{FileBus, FileConfig, read_events};
 pub use handler::{Context, Handler, HandlerError, HandlerErrorKind};

@@ -192,6 +192,10 @@ pub(crate) fn check_characters(field: &'static str, value: &str, others: &str) -
 ///
 /// Source: CloudEvents 1.0, type String; and PostgreSQL's text cannot hold U+0000.
 pub(crate) fn check_printable(field: &'static str, value: &str) -> Result<(), EventError> {
+    // The usual case, plain ASCII, is checked bytewise.
+    if value.bytes().all(|byte| (0x20..0x7f).contains(&byte)) {
+        return Ok(());
+    }
     match value.chars().find(|c| c.is_control()) {
         Some(c) => {
             Err(EventError::new(field, format!("must not contain control characters, found U+{:04X}", u32::from(c))))

@@ -450,6 +450,14 @@ impl Lanes {
         matches!(self.bus, BusState::Stopping(_))
     }
 
+    /// The writer failed at something else: what is in flight is awaited, and all is handed over again by another.
+    pub(crate) fn stop(&mut self, outage: BusError) {
+        match &mut self.bus {
+            BusState::Stopping(stop) => drop(stop.outage.get_or_insert(outage)),
+            _ => self.bus = BusState::Stopping(Stop { outage: Some(outage), ..Stop::default() }),
+        }
+    }
+
     /// A writer is open.
     pub(crate) fn writer_opened(&mut self) {
         self.bus = BusState::Open;

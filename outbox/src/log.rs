@@ -12,6 +12,9 @@ use crate::{LogError, TopicPattern};
 /// Its methods can be called beside each other: reading never waits for writing.
 #[async_trait]
 pub trait LogSource: fmt::Debug + Send + Sync + 'static {
+    /// The sink it is read for.
+    fn sink(&self) -> &str;
+
     /// The rows above `after`, ascending: as many as there are within `limit`, at least one if there is one.
     async fn fetch(&self, after: Seq, limit: PageLimit) -> Result<Page, LogError>;
 
@@ -47,6 +50,9 @@ pub trait LogSource: fmt::Debug + Send + Sync + 'static {
     /// Removes rows that every sink of the log settled at least `retention` ago, at most `rows_max`; answers how many
     /// it removed, and whether there may be more. Does nothing where another janitor is at work.
     async fn prune(&self, janitor: &str, retention: Duration, rows_max: usize) -> Result<Pruned, LogError>;
+
+    /// How long events that were settled may wait for a checkpoint: short where one costs little.
+    fn checkpoint_interval(&self) -> Duration;
 
     /// Completes when another connection changed the database since the last call; polling is the guarantee, this the
     /// speed-up.
@@ -403,6 +409,9 @@ pub trait LogAdmin: fmt::Debug + Send + Sync {
     /// Asks the owner of `sink` for something; answers the request's number.
     async fn ask(&self, sink: &str, kind: RequestKind, selected: &Selected, rate: Option<u32>)
     -> Result<i64, LogError>;
+
+    /// Removes set-aside events where no relay owns the sink now; answers how many, or `None` if one does: ask it then.
+    async fn discard_unowned(&self, sink: &str, selected: &Selected) -> Result<Option<u64>, LogError>;
 
     /// How far a request is; `None` if there is none of this number.
     async fn progress(&self, id: i64) -> Result<Option<RequestProgress>, LogError>;
