@@ -7,6 +7,8 @@ mod log;
 mod cursor;
 mod lanes;
 mod wake;
+#[cfg(feature = "conformance")]
+pub mod conformance;
 mod relay;
 #[cfg(feature = "sqlite")]
 mod sqlite;
@@ -22,6 +24,6 @@ pub use log::{
 };
 pub use relay::{LEASE_MIN, Progress, Relay, RelayConfig, RelayError, RelayEvent, RelaySummary};
 #[cfg(feature = "sqlite")]
-pub use sqlite::{SqliteLog, Tables, migrate, print_migrations, sqlite_options};
+pub use sqlite::{Deduplicated, Inbox, SqliteLog, Tables, migrate, print_migrations, sqlite_options};
 pub use topics::TopicPattern;
 pub use wake::{Awakened, Wake};

@@ -179,7 +179,7 @@ impl Consumer {
     /// # Cancel safety
     ///
     /// Dropping it is a crash: handlers are dropped, unsettled events come again elsewhere.
-    pub async fn run(self, shutdown: impl Future<Output = ()> + Send) -> Result<ConsumerSummary, BusError> {
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<ConsumerSummary, BusError> {
         let request = self.request()?;
         run::run(self, request, shutdown).await
     }

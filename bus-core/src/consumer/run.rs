@@ -30,7 +30,7 @@ const FOREVER: Duration = Duration::from_secs(86_400 * 365);
 pub(super) async fn run(
     consumer: Consumer,
     request: SubscribeRequest,
-    shutdown: impl Future<Output = ()> + Send,
+    shutdown: impl Future<Output = ()>,
 ) -> Result<ConsumerSummary, BusError> {
     let subscription = consumer.bus.subscribe(request.clone()).await?;
     let mut session = Session {

@@ -5,6 +5,7 @@
 
 mod append;
 mod admin;
+mod inbox;
 mod migrate;
 mod owner;
 mod rows;
@@ -22,6 +23,7 @@ use tokio::sync::{Mutex, MutexGuard};
 
 use crate::{LogError, LogErrorKind};
 
+pub use inbox::{Deduplicated, Inbox};
 pub use migrate::{migrate, print_migrations};
 
 /// How long a statement waits for the writer's lock.
@@ -143,9 +145,10 @@ impl fmt::Debug for SqliteLog {
 ///
 /// [`Invalid`](LogErrorKind::Invalid) if it is none, or names a database in memory, which other processes cannot see.
 pub fn sqlite_options(url: &str) -> Result<SqliteConnectOptions, LogError> {
-    let wrong =
-        |_| LogError::new(LogErrorKind::Invalid, "a SQLite URL is written sqlite:relative.db or sqlite:///absolute.db");
-    let options = SqliteConnectOptions::from_str(url).map_err(wrong)?;
+    let message = "a SQLite URL is written sqlite:relative.db or sqlite:///absolute.db";
+    let wrong = || LogError::new(LogErrorKind::Invalid, message);
+    let url = Some(url).filter(|url| url.starts_with("sqlite:")).ok_or_else(wrong)?;
+    let options = SqliteConnectOptions::from_str(url).map_err(|_| wrong())?;
     check_is_file(&options)?;
     Ok(options)
 }
