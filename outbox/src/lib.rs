@@ -24,6 +24,8 @@ pub use log::{
 };
 pub use relay::{LEASE_MIN, Progress, Relay, RelayConfig, RelayError, RelayEvent, RelaySummary};
 #[cfg(feature = "sqlite")]
-pub use sqlite::{Deduplicated, Inbox, SqliteLog, Tables, migrate, print_migrations, sqlite_options};
+pub use sqlite::{
+    Deduplicated, Inbox, SqliteLog, Tables, log_error as sqlite_error, migrate, print_migrations, sqlite_options,
+};
 pub use topics::TopicPattern;
 pub use wake::{Awakened, Wake};

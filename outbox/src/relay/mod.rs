@@ -439,7 +439,8 @@ impl Relay {
 }
 
 impl RelaySummary {
-    fn add(&mut self, other: Self) {
+    /// Adds what another relay, or another time of this one, did.
+    pub fn add(&mut self, other: Self) {
         self.events += other.events;
         self.counts.published += other.counts.published;
         self.counts.duplicates += other.counts.duplicates;

@@ -176,13 +176,16 @@ pub(crate) fn check_sink(sink: &str) -> Result<(), LogError> {
 
 /// Tells a read-only file from a writable one before anything depends on it.
 async fn check_is_writable(connection: &mut SqliteConnection) -> Result<(), LogError> {
-    let transaction = connection.begin_with("BEGIN IMMEDIATE").await.map_err(log_error);
-    match transaction {
+    // Somebody who writes now is not waited for: so the file can be written.
+    sqlx::query("PRAGMA busy_timeout = 0").execute(&mut *connection).await.map_err(log_error)?;
+    let tried = match connection.begin_with("BEGIN IMMEDIATE").await.map_err(log_error) {
         Ok(transaction) => transaction.rollback().await.map_err(log_error),
-        // Somebody writes now: so it can be written.
         Err(error) if error.kind() == LogErrorKind::Unavailable => Ok(()),
         Err(error) => Err(error),
-    }
+    };
+    let restore = format!("PRAGMA busy_timeout = {}", BUSY_TIMEOUT.as_millis());
+    sqlx::query(AssertSqlSafe(restore)).execute(&mut *connection).await.map_err(log_error)?;
+    tried
 }
 
 /// A connection that is opened when it is needed, and again after it failed.
@@ -229,8 +232,8 @@ pub(super) async fn open(options: &SqliteConnectOptions) -> Result<SqliteConnect
     })
 }
 
-/// The one place where SQLite's errors get their kind.
-pub(super) fn log_error(error: sqlx::Error) -> LogError {
+/// The one place where SQLite's errors get their kind: also for code that uses the database beside the outbox.
+pub fn log_error(error: sqlx::Error) -> LogError {
     let (kind, message): (LogErrorKind, Cow<'static, str>) = match &error {
         sqlx::Error::Database(database) => classify(&**database),
         sqlx::Error::Io(_) | sqlx::Error::PoolTimedOut | sqlx::Error::WorkerCrashed => {

@@ -1,0 +1,127 @@
+//! `outbus append`
+
+use std::{
+    pin::{Pin, pin},
+    time::{Duration, Instant},
+};
+
+use bus_core::Event;
+use outbox::{AppendErrorReason, Outbox, OutboxConfig};
+use serde::Serialize;
+use sqlx::SqlitePool;
+use tokio::{sync::mpsc, time::timeout};
+
+use crate::{
+    cli::{AppendArgs, Format},
+    config::Config,
+    database::Database,
+    failure::Failure,
+    input::{Input, Line},
+    output,
+    shutdown::shutdown,
+};
+
+/// How long an unfinished transaction waits for more input: a live pipe is not kept waiting.
+const IDLE: Duration = Duration::from_millis(500);
+
+#[derive(Serialize)]
+struct Appended {
+    events: u64,
+    seconds: f64,
+}
+
+pub(super) async fn run(config: &Config, args: &AppendArgs, format: Format) -> Result<(), Failure> {
+    let database = config.database(args.database.database.as_deref())?;
+    // Says what is wrong with the database before any input is read.
+    database.admin().await?;
+    let mut lines = Input::new(&args.input).lines()?;
+    let mut writer = Writer::open(&database).await?;
+    let mut stop = pin!(shutdown()?);
+    let started = Instant::now();
+    let bar = output::progress(format, None, "appending");
+    loop {
+        let batch = match next_batch(&mut lines, args.per_tx as usize, stop.as_mut()).await {
+            Ok(batch) => batch,
+            Err(failure) => return Err(failure.after(writer.committed)),
+        };
+        writer.commit(&batch.lines).await?;
+        bar.set_position(writer.committed);
+        if batch.is_last {
+            break;
+        }
+    }
+    bar.finish_and_clear();
+    let appended = Appended { events: writer.committed, seconds: output::seconds(started.elapsed()) };
+    output::result(format, &appended, |appended| {
+        format!("appended {} events in {} s", appended.events, appended.seconds)
+    })?;
+    Ok(())
+}
+
+struct Batch {
+    lines: Vec<Line>,
+    is_last: bool,
+}
+
+/// The lines of the next transaction: full, or what there is when no more comes for a while. A signal ends it with what
+/// was read.
+async fn next_batch(
+    lines: &mut mpsc::Receiver<Result<Line, Failure>>,
+    max: usize,
+    mut stop: Pin<&mut impl Future<Output = ()>>,
+) -> Result<Batch, Failure> {
+    let mut batch = Batch { lines: Vec::new(), is_last: false };
+    while batch.lines.len() < max {
+        let idle = if batch.lines.is_empty() { Duration::MAX } else { IDLE };
+        let line = tokio::select! {
+            line = timeout(idle, lines.recv()) => line,
+            () = stop.as_mut() => Ok(None),
+        };
+        match line {
+            Ok(Some(line)) => batch.lines.push(line?),
+            Ok(None) => {
+                batch.is_last = true;
+                break;
+            }
+            Err(_) => break,
+        }
+    }
+    Ok(batch)
+}
+
+/// Appends batch by batch.
+struct Writer {
+    pool: SqlitePool,
+    outbox: Outbox,
+    committed: u64,
+}
+
+impl Writer {
+    async fn open(database: &Database) -> Result<Self, Failure> {
+        let pool = SqlitePool::connect_with(database.options.clone()).await;
+        let pool = pool.map_err(|error| Failure::runtime("database_unavailable", error.to_string()))?;
+        let config = OutboxConfig { tables: database.tables.clone(), ..OutboxConfig::default() };
+        Ok(Self { outbox: Outbox::sqlite(pool.clone(), config), pool, committed: 0 })
+    }
+
+    /// Commits the lines in one transaction: all of them, or none.
+    async fn commit(&mut self, lines: &[Line]) -> Result<(), Failure> {
+        if lines.is_empty() {
+            return Ok(());
+        }
+        let broken = |error| Failure::from(outbox::sqlite_error(error)).after(self.committed);
+        let mut transaction = self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(broken)?;
+        let events: Vec<Event> = lines.iter().map(|line| line.event.clone()).collect();
+        self.outbox.append(&mut transaction, events).await.map_err(|error| {
+            let at = lines.get(error.index()).map_or(0, |line| line.number);
+            let failure = match error.reason() {
+                AppendErrorReason::Event(event) => Failure::runtime("invalid_event", event.to_string()).at_line(at),
+                _ => Failure::runtime("database", error.to_string()),
+            };
+            failure.after(self.committed)
+        })?;
+        transaction.commit().await.map_err(broken)?;
+        self.committed += lines.len() as u64;
+        Ok(())
+    }
+}

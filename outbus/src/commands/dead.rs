@@ -1,0 +1,286 @@
+//! `outbus dead`
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::{Duration, Instant},
+};
+
+use bus_core::{Event, Seq};
+use outbox::{DeadRow, LogAdmin, RequestKind, Selected, SqliteLog};
+use serde::Serialize;
+
+use crate::{
+    cli::{DatabaseArgs, DeadCommand, DeadSelection, Format},
+    config::Config,
+    failure::Failure,
+    output::{self, Table},
+};
+
+/// Rows read at once.
+const PAGE: usize = 500;
+/// Pause between two looks at whether a request is done.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// A set-aside event, as JSON has it.
+#[derive(Serialize)]
+struct Dead {
+    id: String,
+    seq: u64,
+    sink: String,
+    topic: String,
+    key: Option<String>,
+    r#type: String,
+    state: &'static str,
+    reason: String,
+    error: String,
+    attempts: u32,
+    time: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    event: Option<Event>,
+}
+
+#[derive(Serialize)]
+struct DeadList {
+    dead: Vec<Dead>,
+}
+
+/// What became of a retry or a discard, per sink.
+#[derive(Serialize)]
+struct Outcomes {
+    requests: Vec<Outcome>,
+}
+
+#[derive(Serialize)]
+struct Outcome {
+    sink: String,
+    /// The request's number, where a relay was asked.
+    request: Option<i64>,
+    /// `done`, or `open` while no relay has done it.
+    state: &'static str,
+    done: u64,
+    failed: u64,
+}
+
+pub(super) async fn run(config: &Config, command: DeadCommand, format: Format) -> Result<(), Failure> {
+    match command {
+        DeadCommand::List(args) => {
+            let admin = open(config, &args.database).await?;
+            let selected = Selected { reason: args.reason, ..Selected::default() };
+            list(&admin, &selected, args.sink.as_deref(), false, format).await.map(drop)
+        }
+        DeadCommand::Show(selection) => {
+            let admin = open(config, &selection.database).await?;
+            let shown = list(&admin, &selected(&selection), selection.sink.as_deref(), true, format).await?;
+            all_found(&selection, &shown)
+        }
+        DeadCommand::Retry(args) => {
+            ask(config, &args.selection, RequestKind::Retry, args.rate, args.wait.wait, format).await
+        }
+        DeadCommand::Discard(args) => {
+            ask(config, &args.selection, RequestKind::Discard, None, args.wait.wait, format).await
+        }
+    }
+}
+
+async fn open(config: &Config, args: &DatabaseArgs) -> Result<SqliteLog, Failure> {
+    config.database(args.database.as_deref())?.admin().await
+}
+
+fn selected(selection: &DeadSelection) -> Selected {
+    let ids = (!selection.ids.is_empty()).then(|| selection.ids.clone());
+    Selected { ids, reason: selection.reason.clone(), ..Selected::default() }
+}
+
+/// Calls `take` for every row that is meant, page by page.
+async fn for_each(
+    admin: &SqliteLog,
+    selected: &Selected,
+    sink: Option<&str>,
+    mut take: impl FnMut(DeadRow) -> Result<(), Failure>,
+) -> Result<(), Failure> {
+    let mut after: Option<(String, Seq)> = None;
+    loop {
+        let from = after.as_ref().map(|(sink, seq)| (sink.as_str(), *seq));
+        let page = admin.dead_letters(selected, from, PAGE).await?;
+        let Some(last) = page.last() else { return Ok(()) };
+        after = Some((last.sink.clone(), last.seq));
+        for row in page.into_iter().filter(|row| sink.is_none_or(|sink| row.sink == sink)) {
+            take(row)?;
+        }
+    }
+}
+
+/// Writes the rows; answers the ids that there were.
+async fn list(
+    admin: &SqliteLog,
+    selected: &Selected,
+    sink: Option<&str>,
+    whole: bool,
+    format: Format,
+) -> Result<BTreeSet<String>, Failure> {
+    let mut dead = Vec::new();
+    for_each(admin, selected, sink, |row| {
+        dead.push(entry(row, whole));
+        Ok(())
+    })
+    .await?;
+    let list = DeadList { dead };
+    output::result(format, &list, |list| if whole { details(list) } else { table(list) })?;
+    Ok(list.dead.into_iter().map(|dead| dead.id).collect())
+}
+
+fn entry(row: DeadRow, whole: bool) -> Dead {
+    Dead {
+        id: row.columns.id,
+        seq: row.seq.0,
+        sink: row.sink,
+        topic: row.columns.topic,
+        key: row.columns.key,
+        r#type: row.columns.event_type,
+        state: row.state.as_str(),
+        reason: row.reason,
+        error: row.error,
+        attempts: row.attempts,
+        time: row.at.to_string(),
+        event: row.event.ok().filter(|_| whole),
+    }
+}
+
+fn table(list: &DeadList) -> String {
+    if list.dead.is_empty() {
+        return "nothing is set aside".to_owned();
+    }
+    let mut table = Table::new(&["id", "sink", "topic", "key", "type", "state", "reason", "attempts", "error"]);
+    for dead in &list.dead {
+        table.row(vec![
+            dead.id.clone(),
+            dead.sink.clone(),
+            dead.topic.clone(),
+            dead.key.clone().unwrap_or_else(|| "-".to_owned()),
+            dead.r#type.clone(),
+            dead.state.to_owned(),
+            dead.reason.clone(),
+            dead.attempts.to_string(),
+            dead.error.clone(),
+        ]);
+    }
+    table.render()
+}
+
+fn details(list: &DeadList) -> String {
+    let detail = |dead: &Dead| {
+        let event = dead.event.as_ref().map_or_else(|| "(no valid event)".to_owned(), Event::to_json);
+        let Dead { id, sink, seq, state, reason, error, attempts, time, .. } = dead;
+        format!(
+            "{id}\n  sink {sink}, place {seq}, {state} since {time}, {attempts} attempts\n  {reason}: {error}\n  {event}"
+        )
+    };
+    list.dead.iter().map(detail).collect::<Vec<_>>().join("\n")
+}
+
+/// An id that was named and is not there is a failure.
+fn all_found(selection: &DeadSelection, found: &BTreeSet<String>) -> Result<(), Failure> {
+    match selection.ids.iter().find(|id| !found.contains(*id)) {
+        Some(id) => Err(Failure::runtime("not_found", format!("no event with id {id} is set aside"))),
+        None => Ok(()),
+    }
+}
+
+async fn ask(
+    config: &Config,
+    selection: &DeadSelection,
+    kind: RequestKind,
+    rate: Option<u32>,
+    wait: Duration,
+    format: Format,
+) -> Result<(), Failure> {
+    let admin = open(config, &selection.database).await?;
+    let selected = selected(selection);
+    let (mut found, mut per_sink) = (BTreeSet::new(), BTreeMap::<String, u64>::new());
+    for_each(&admin, &selected, selection.sink.as_deref(), |row| {
+        found.insert(row.columns.id);
+        *per_sink.entry(row.sink).or_default() += 1;
+        Ok(())
+    })
+    .await?;
+    all_found(selection, &found)?;
+    let mut requests = Vec::new();
+    for sink in per_sink.into_keys() {
+        requests.push(ask_sink(&admin, sink, kind, &selected, rate).await?);
+    }
+    let deadline = Instant::now() + wait;
+    for outcome in &mut requests {
+        follow(&admin, outcome, deadline).await?;
+    }
+    let outcomes = Outcomes { requests };
+    output::result(format, &outcomes, |outcomes| outcomes_text(outcomes, kind))?;
+    match outcomes.requests.iter().map(|outcome| outcome.failed).sum::<u64>() {
+        0 => Ok(()),
+        failed => {
+            Err(Failure::runtime("refused", format!("{failed} events were refused again; `outbus dead list` says why")))
+        }
+    }
+}
+
+/// Discards at once where no relay runs; asks the sink's owner otherwise.
+async fn ask_sink(
+    admin: &SqliteLog,
+    sink: String,
+    kind: RequestKind,
+    selected: &Selected,
+    rate: Option<u32>,
+) -> Result<Outcome, Failure> {
+    if kind == RequestKind::Discard
+        && let Some(done) = admin.discard_unowned(&sink, selected).await?
+    {
+        return Ok(Outcome { sink, request: None, state: "done", done, failed: 0 });
+    }
+    let request = admin.ask(&sink, kind, selected, rate).await?;
+    Ok(Outcome { sink, request: Some(request), state: "open", done: 0, failed: 0 })
+}
+
+/// Waits until a request is done, if a relay is there to do it.
+async fn follow(admin: &SqliteLog, outcome: &mut Outcome, deadline: Instant) -> Result<(), Failure> {
+    let Some(request) = outcome.request else { return Ok(()) };
+    loop {
+        if let Some(progress) = admin.progress(request).await? {
+            (outcome.done, outcome.failed) = (progress.done, progress.failed);
+            if progress.ended {
+                outcome.state = "done";
+                return Ok(());
+            }
+        }
+        let owned = admin.sinks().await?.iter().any(|sink| sink.sink == outcome.sink && sink.owner.is_some());
+        if !owned || Instant::now() >= deadline {
+            return Ok(());
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+fn outcomes_text(outcomes: &Outcomes, kind: RequestKind) -> String {
+    if outcomes.requests.is_empty() {
+        return "nothing is set aside".to_owned();
+    }
+    let verb = match kind {
+        RequestKind::Retry => "published again",
+        RequestKind::Discard => "discarded",
+    };
+    let text = |outcome: &Outcome| {
+        let Outcome { sink, request, done, failed, state } = outcome;
+        let mut text = format!("sink {sink}: {done} {verb}");
+        if *failed > 0 {
+            text += &format!(", {failed} refused again");
+        }
+        match request {
+            Some(request) if *state == "open" => {
+                text += &format!(
+                    "; request {request} is not done yet: the sink's relay does it, or the next one that starts"
+                );
+            }
+            _ => {}
+        }
+        text
+    };
+    outcomes.requests.iter().map(text).collect::<Vec<_>>().join("\n")
+}

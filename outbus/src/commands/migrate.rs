@@ -1,0 +1,30 @@
+//! `outbus migrate`
+
+use outbox::{migrate, print_migrations};
+use serde::Serialize;
+
+use crate::{
+    cli::{Format, MigrateArgs},
+    config::Config,
+    failure::Failure,
+    output,
+};
+
+#[derive(Serialize)]
+struct Migrated {
+    /// The steps that were taken now.
+    applied: Vec<&'static str>,
+}
+
+pub(super) async fn run(config: &Config, args: &MigrateArgs, format: Format) -> Result<(), Failure> {
+    let database = config.database(args.database.database.as_deref())?;
+    if args.print {
+        return Ok(output::line(print_migrations(&database.tables).trim_end())?);
+    }
+    let migrated = Migrated { applied: migrate(&database.options, &database.tables).await? };
+    output::result(format, &migrated, |migrated| match migrated.applied.as_slice() {
+        [] => "the tables are up to date".to_owned(),
+        steps => format!("the tables are ready (applied: {})", steps.join(", ")),
+    })?;
+    Ok(())
+}

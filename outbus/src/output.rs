@@ -1,0 +1,123 @@
+//! Results on stdout; what is for people only on stderr.
+
+use std::{
+    io::{self, IsTerminal, Write},
+    time::Duration,
+};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+
+use crate::cli::Format;
+
+/// Whether stderr shows colours: only on a terminal, and not where `NO_COLOR` asks for none.
+pub(crate) fn has_colour() -> bool {
+    io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+/// Writes a line to stderr. Nobody can be told if that fails.
+pub(crate) fn to_stderr(text: &str) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// Writes a line to stdout.
+pub(crate) fn line(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    writeln!(stdout, "{text}")?;
+    stdout.flush()
+}
+
+/// Writes a value as one line of JSON to stdout.
+pub(crate) fn json<T: Serialize>(value: &T) -> io::Result<()> {
+    line(&serde_json::to_string(value).map_err(io::Error::other)?)
+}
+
+/// Writes a result: for people as `text` says, for scripts as JSON.
+pub(crate) fn result<T: Serialize>(format: Format, value: &T, text: impl FnOnce(&T) -> String) -> io::Result<()> {
+    match format {
+        Format::Json => json(value),
+        Format::Text => line(&text(value)),
+    }
+}
+
+/// Columns for people, as wide as they need to be.
+pub(crate) struct Table {
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    pub(crate) fn new(head: &[&str]) -> Self {
+        Self { rows: vec![head.iter().map(|name| (*name).to_owned()).collect()] }
+    }
+
+    pub(crate) fn row(&mut self, cells: Vec<String>) {
+        self.rows.push(cells);
+    }
+
+    pub(crate) fn render(&self) -> String {
+        let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
+        let width = |column: usize| {
+            self.rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
+        };
+        let widths: Vec<usize> = (0..columns).map(width).collect();
+        let render = |row: &Vec<String>| {
+            let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
+            cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
+        };
+        self.rows.iter().map(render).collect::<Vec<_>>().join("\n")
+    }
+}
+
+/// A bar on a terminal, nothing elsewhere and with JSON. Of unknown length without `total`.
+pub(crate) fn progress(format: Format, total: Option<u64>, what: &'static str) -> ProgressBar {
+    if format == Format::Json || !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr_with_hz(10));
+    let template = match total {
+        Some(_) => "{msg} {wide_bar} {human_pos}/{human_len} {per_sec}",
+        None => "{msg} {spinner} {human_pos} {per_sec}",
+    };
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    bar.set_style(style);
+    bar.set_message(what);
+    bar
+}
+
+/// Seconds with milliseconds, as JSON has them.
+pub(crate) fn seconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1_000.0).round() / 1_000.0
+}
+
+/// A time span for people: `850ms`, `12.3s`, `4m 10s`, `3h 5m`, `2d 1h`.
+pub(crate) fn span(duration: Duration) -> String {
+    match duration.as_secs() {
+        0 => format!("{}ms", duration.as_millis()),
+        seconds @ 1..60 => format!("{seconds}.{}s", duration.subsec_millis() / 100),
+        seconds @ 60..3_600 => format!("{}m {}s", seconds / 60, seconds % 60),
+        seconds @ 3_600..86_400 => format!("{}h {}m", seconds / 3_600, seconds % 3_600 / 60),
+        seconds => format!("{}d {}h", seconds / 86_400, seconds % 86_400 / 3_600),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_are_as_wide_as_they_need_to_be() {
+        let mut table = Table::new(&["sink", "backlog"]);
+        table.row(vec!["main".into(), "7".into()]);
+        table.row(vec!["verylong".into(), String::new()]);
+        assert_eq!(table.render(), "sink      backlog\nmain      7\nverylong");
+    }
+
+    #[test]
+    fn spans_read_well() {
+        let text = |millis| span(Duration::from_millis(millis));
+        assert_eq!(
+            [text(850), text(12_300), text(250_000), text(11_100_000), text(176_400_000)],
+            ["850ms", "12.3s", "4m 10s", "3h 5m", "2d 1h"]
+        );
+    }
+}
