@@ -179,7 +179,7 @@ pub(crate) struct DeadSelection {
     #[command(flatten)]
     pub(crate) database: DatabaseArgs,
     /// Ids of the events.
-    #[arg(value_name = "IDS", required_unless_present_any = ["all", "reason"], conflicts_with = "all")]
+    #[arg(value_name = "IDS", conflicts_with = "all")]
     pub(crate) ids: Vec<String>,
     /// All of them.
     #[arg(long)]

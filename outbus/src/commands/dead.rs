@@ -70,7 +70,7 @@ pub(super) async fn run(config: &Config, command: DeadCommand, format: Format) -
         }
         DeadCommand::Show(selection) => {
             let admin = open(config, &selection.database).await?;
-            let shown = list(&admin, &selected(&selection), selection.sink.as_deref(), true, format).await?;
+            let shown = list(&admin, &selected(&selection)?, selection.sink.as_deref(), true, format).await?;
             all_found(&selection, &shown)
         }
         DeadCommand::Retry(args) => {
@@ -86,9 +86,12 @@ async fn open(config: &Config, args: &DatabaseArgs) -> Result<SqliteLog, Failure
     config.database(args.database.as_deref())?.admin().await
 }
 
-fn selected(selection: &DeadSelection) -> Selected {
+fn selected(selection: &DeadSelection) -> Result<Selected, Failure> {
     let ids = (!selection.ids.is_empty()).then(|| selection.ids.clone());
-    Selected { ids, reason: selection.reason.clone(), ..Selected::default() }
+    if ids.is_none() && selection.reason.is_none() && !selection.all {
+        return Err(Failure::usage("selection", "which events? Name them by their ids, or use --all or --reason"));
+    }
+    Ok(Selected { ids, reason: selection.reason.clone(), ..Selected::default() })
 }
 
 /// Calls `take` for every row that is meant, page by page.
@@ -194,8 +197,8 @@ async fn ask(
     wait: Duration,
     format: Format,
 ) -> Result<(), Failure> {
+    let selected = selected(selection)?;
     let admin = open(config, &selection.database).await?;
-    let selected = selected(selection);
     let (mut found, mut per_sink) = (BTreeSet::new(), BTreeMap::<String, u64>::new());
     for_each(&admin, &selected, selection.sink.as_deref(), |row| {
         found.insert(row.columns.id);
