@@ -167,7 +167,7 @@ fn set(extensions: &mut Extensions, name: &'static str, value: impl Into<Text>) 
     extensions.insert(Text::from_static(name), value).expect("our own names are valid and not counted");
 }
 
-/// `text` without control characters, at most [`ERROR_BYTES_MAX`] bytes.
+/// `text` without control characters, at most 1,000 bytes.
 pub fn one_line(text: &str) -> String {
     let mut line: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     if line.len() > ERROR_BYTES_MAX {

@@ -1,5 +1,11 @@
-#![doc = include_str!("../README.md")]
+#![cfg_attr(feature = "sqlite", doc = include_str!("../README.md"))]
+#![cfg_attr(
+    not(feature = "sqlite"),
+    doc = "A transactional outbox; without a database there is little of it.",
+    allow(dead_code)
+)]
 
+mod tables;
 mod append;
 mod error;
 mod topics;
@@ -25,7 +31,8 @@ pub use log::{
 pub use relay::{LEASE_MIN, Progress, Relay, RelayConfig, RelayError, RelayEvent, RelaySummary};
 #[cfg(feature = "sqlite")]
 pub use sqlite::{
-    Deduplicated, Inbox, SqliteLog, Tables, log_error as sqlite_error, migrate, print_migrations, sqlite_options,
+    Deduplicated, Inbox, SqliteLog, log_error as sqlite_error, migrate, print_migrations, sqlite_options,
 };
+pub use tables::Tables;
 pub use topics::TopicPattern;
 pub use wake::{Awakened, Wake};

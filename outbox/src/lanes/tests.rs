@@ -9,6 +9,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    io::Write,
     time::Duration,
 };
 
@@ -552,7 +553,8 @@ fn seeds() -> std::ops::Range<u64> {
 /// probe before they fetch (each was tried).
 fn simulate(order: OrderOnFailure) {
     let seeds = seeds();
-    println!("seeds {seeds:?}, {order:?}");
+    // Written past the test runner's capture: the gate shows what was run.
+    writeln!(std::io::stderr(), "seeds {seeds:?}, {order:?} bus").expect("stderr takes it");
     for seed in seeds {
         let on_failure = if seed % 2 == 0 { OnFailure::Park } else { OnFailure::DeadLetter };
         let run = std::panic::AssertUnwindSafe(|| Simulation::new(seed, order, on_failure).run());

@@ -13,7 +13,6 @@ mod source;
 
 use std::{borrow::Cow, fmt, path::Path, str::FromStr, sync::atomic::AtomicI64, time::Duration};
 
-use bus_core::EventError;
 use sqlx::{
     AssertSqlSafe, Connection, SqliteConnection,
     error::DatabaseError,
@@ -21,7 +20,7 @@ use sqlx::{
 };
 use tokio::sync::{Mutex, MutexGuard};
 
-use crate::{LogError, LogErrorKind};
+use crate::{LogError, LogErrorKind, Tables};
 
 pub use inbox::{Deduplicated, Inbox};
 pub use migrate::{migrate, print_migrations};
@@ -31,49 +30,10 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Rows that wait between SQLite's thread and the reader's task.
 const ROW_BUFFER: usize = 512;
 
-/// What the tables are called, and what they allow.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tables {
-    prefix: String,
-    event_bytes_max: usize,
-}
-
 impl Tables {
-    /// Tables whose names begin with `prefix`, for events of at most `event_bytes_max` bytes of data.
-    ///
-    /// # Errors
-    ///
-    /// Field `prefix`, unless it is a letter followed by letters, digits and underscores, at most 32 characters.
-    pub fn new(prefix: &str, event_bytes_max: usize) -> Result<Self, EventError> {
-        let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
-        let fits =
-            prefix.starts_with(|c: char| c.is_ascii_alphabetic()) && prefix.chars().all(word) && prefix.len() <= 32;
-        if !fits {
-            let problem = "must be a letter followed by letters, digits and underscores, at most 32 characters";
-            return Err(EventError::new("prefix", problem));
-        }
-        Ok(Self { prefix: prefix.to_owned(), event_bytes_max })
-    }
-
-    /// Largest event in bytes, as [`Event::size_bytes`](bus_core::Event::size_bytes) counts.
-    pub fn event_bytes_max(&self) -> usize {
-        self.event_bytes_max
-    }
-
-    /// Fills in the names of a statement.
-    fn expand(&self, template: &str) -> String {
-        template.replace("{p}", &self.prefix).replace("{event_bytes_max}", &self.event_bytes_max.to_string())
-    }
-
     /// A statement with its names filled in: safe, for the prefix was checked to be an identifier.
     fn sql(&self, template: &'static str) -> AssertSqlSafe<String> {
         AssertSqlSafe(self.expand(template))
-    }
-}
-
-impl Default for Tables {
-    fn default() -> Self {
-        Self { prefix: "outbus_".to_owned(), event_bytes_max: crate::EVENT_BYTES_MAX }
     }
 }
 

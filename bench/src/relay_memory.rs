@@ -1,0 +1,80 @@
+//! R1: the relay into the in-memory bus without groups, against a plain paged SELECT with the same client into the same
+//! `Event`.
+
+use std::{sync::Arc, time::Instant};
+
+use bus_core::{Event, InMemoryBus, Seq};
+use outbox::{LogAdmin, LogSource, Outbox, OutboxConfig, PageLimit, Relay, RelayConfig, SqliteLog};
+use sqlx::{SqlitePool, sqlite::SqliteConnectOptions};
+
+use crate::pairs::{Measured, Pairs};
+
+const TARGET: f64 = 0.75;
+/// Bytes of an event's data, and keys they are spread over.
+const DATA_BYTES: usize = 100;
+const KEYS: usize = 10_000;
+const SINK: &str = "main";
+/// Rows of one page of the twin.
+const PAGE: PageLimit = PageLimit { events: 5_000, bytes: 64 << 20 };
+
+pub(crate) async fn run(quick: bool) -> anyhow::Result<Measured> {
+    let (events, rounds) = if quick { (20_000, 3) } else { (300_000, 9) };
+    let dir = tempfile::tempdir()?;
+    let options = SqliteConnectOptions::new().filename(dir.path().join("bench.db")).create_if_missing(true);
+    let pool = SqlitePool::connect_with(options).await?;
+    let outbox = Outbox::sqlite(pool.clone(), OutboxConfig::default());
+    outbox.migrate().await?;
+    fill(&outbox, &pool, events).await?;
+    let twin_log = outbox.log("twin").await?;
+    let admin = SqliteLog::open_admin(&pool.connect_options(), outbox.tables().clone()).await?;
+    let mut pairs = Pairs::default();
+    for round in 0..=rounds {
+        let ours = relay(&outbox, events).await?;
+        // Its successor begins with the oldest event again.
+        admin.remove_sink(SINK).await?;
+        let twin = select(&*twin_log, events).await?;
+        // The first round warms the page cache for both.
+        if round > 0 {
+            pairs.push(ours, twin);
+        }
+    }
+    let what = format!(
+        "SQLite: relay of {events} events of {DATA_BYTES} B into the in-memory bus / paged SELECT, {rounds} pairs"
+    );
+    Ok(pairs.at_least("R1", what, "events/s", TARGET))
+}
+
+async fn fill(outbox: &Outbox, pool: &SqlitePool, events: usize) -> anyhow::Result<()> {
+    let data = format!("{{\"filler\":\"{}\"}}", "x".repeat(DATA_BYTES - 13));
+    for first in (0..events).step_by(10_000) {
+        let mut transaction = pool.begin_with("BEGIN IMMEDIATE").await?;
+        let batch = (first..events.min(first + 10_000))
+            .map(|n| Event::builder("orders", "order.placed").key(format!("order-{}", n % KEYS)).data(data.clone()));
+        outbox.append(&mut transaction, batch).await?;
+        transaction.commit().await?;
+    }
+    Ok(())
+}
+
+/// Events a second through the relay, from its start to its last checkpoint.
+async fn relay(outbox: &Outbox, events: usize) -> anyhow::Result<f64> {
+    let config = RelayConfig { allow_volatile: true, retention: None, ..RelayConfig::default() };
+    let mut relay = Relay::new(outbox.log(SINK).await?, Arc::new(InMemoryBus::new()), config)?;
+    let started = Instant::now();
+    let summary = relay.run_once(std::future::pending()).await?;
+    anyhow::ensure!(summary.counts.published == events as u64, "{summary:?}");
+    Ok(events as f64 / started.elapsed().as_secs_f64())
+}
+
+/// Events a second of the same SELECT into the same `Event`, page by page.
+async fn select(log: &dyn LogSource, events: usize) -> anyhow::Result<f64> {
+    let (mut after, mut read, started) = (Seq::ZERO, 0, Instant::now());
+    loop {
+        let page = log.fetch(after, PAGE).await?;
+        let Some(last) = page.rows.last() else { break };
+        after = last.seq;
+        read += page.rows.iter().filter(|row| row.event.is_ok()).count();
+    }
+    anyhow::ensure!(read == events, "{read} of {events} read");
+    Ok(events as f64 / started.elapsed().as_secs_f64())
+}

@@ -1,0 +1,47 @@
+//! `cargo xtask`: the project's own commands, the same on a developer's machine and in CI.
+
+#![allow(clippy::print_stdout, reason = "a command line tool")]
+
+mod checks;
+mod shell;
+mod tests;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// The project's own commands.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask")]
+struct Xtask {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs every test, those included that `cargo test` lists as ignored.
+    Test {
+        /// Passed on to `cargo test`: a filter, `-p outbox`, ...
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Runs everything that must be green before a change lands.
+    Ci,
+    /// Measures the road against its raw twin; see bench/README.md.
+    Bench {
+        /// Passed on: `--quick`, `--output json`, ids of targets.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+}
+
+fn main() -> Result<()> {
+    match Xtask::parse().command {
+        Command::Test { args } => tests::run(&args),
+        Command::Ci => checks::run(),
+        Command::Bench { args } => {
+            let run = ["run", "--release", "--quiet", "--package", "bench", "--"];
+            shell::cargo(&run.into_iter().chain(args.iter().map(String::as_str)).collect::<Vec<_>>())
+        }
+    }
+}

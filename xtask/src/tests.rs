@@ -1,0 +1,27 @@
+//! `cargo xtask test`
+
+use anyhow::Result;
+
+use crate::shell;
+
+/// Needs root, for it mounts a small disk.
+const NEEDS_ROOT: &str = "a_full_disk_is_said_so_and_heals";
+
+/// Runs every test. What this machine cannot run is named, not passed over in silence.
+pub(crate) fn run(args: &[String]) -> Result<()> {
+    let mut cargo = vec!["test", "--workspace", "--all-features"];
+    cargo.extend(args.iter().map(String::as_str));
+    if !args.iter().any(|arg| arg == "--") {
+        cargo.push("--");
+    }
+    cargo.push("--include-ignored");
+    let is_root = shell::output("id", &["-u"])?.trim() == "0";
+    if !is_root {
+        cargo.extend(["--skip", NEEDS_ROOT]);
+    }
+    shell::cargo(&cargo)?;
+    if !is_root {
+        println!("\nLeft out, for it needs root: {NEEDS_ROOT}. Run `sudo -E cargo xtask test` to include it.");
+    }
+    Ok(())
+}
