@@ -450,11 +450,14 @@ impl Lanes {
         matches!(self.bus, BusState::Stopping(_))
     }
 
-    /// The writer failed at something else: what is in flight is awaited, and all is handed over again by another.
-    pub(crate) fn stop(&mut self, outage: BusError) {
-        match &mut self.bus {
-            BusState::Stopping(stop) => drop(stop.outage.get_or_insert(outage)),
-            _ => self.bus = BusState::Stopping(Stop { outage: Some(outage), ..Stop::default() }),
+    /// The writer failed at something else, for an outage or not: what is in flight is awaited, and all is handed over
+    /// again by another writer.
+    pub(crate) fn stop(&mut self, outage: Option<BusError>) {
+        if !self.is_stopping() {
+            self.bus = BusState::Stopping(Stop::default());
+        }
+        if let BusState::Stopping(stop) = &mut self.bus {
+            stop.outage = stop.outage.take().or(outage);
         }
     }
 
@@ -866,15 +869,17 @@ impl Lanes {
 
     /// When there may be something to do without anything else happening.
     pub(crate) fn next_due(&self) -> Option<Instant> {
-        let bus = match &self.bus {
+        match &self.bus {
             BusState::Closed { due } => *due,
+            BusState::Open if self.window_has_room() => {
+                let waiting = |hold: &Hold| match hold.state {
+                    HoldState::Waiting(due) => Some(due),
+                    _ => None,
+                };
+                self.holds.values().filter_map(waiting).min()
+            }
             _ => None,
-        };
-        let waiting = |hold: &Hold| match hold.state {
-            HoldState::Waiting(due) => Some(due),
-            _ => None,
-        };
-        self.holds.values().filter_map(waiting).chain(bus).min()
+        }
     }
 }
 

@@ -32,7 +32,8 @@ pub(super) struct Operator {
     step: Step,
     /// Keys of which something was removed: they flow again once nothing of them is left.
     emptied: Vec<EventKey>,
-    outage: Option<BusError>,
+    /// The writer failed at a step, for an outage or not.
+    failure: Option<Option<BusError>>,
     change: OperatorChange,
 }
 
@@ -95,7 +96,7 @@ impl Operator {
             known: HashSet::new(),
             step: Step::Read,
             emptied: Vec::new(),
-            outage: None,
+            failure: None,
             change: OperatorChange::default(),
         }
     }
@@ -260,6 +261,10 @@ impl Operator {
 
     fn confirmed(&mut self, rows: Vec<DeadRow>, outcomes: Vec<Outcome>) {
         let mut last_done = None;
+        if outcomes.iter().any(Result::is_err) {
+            // A fail-stop writer takes nothing more; another one is opened.
+            self.failure = Some(None);
+        }
         for (row, outcome) in rows.iter().zip(outcomes) {
             match outcome {
                 Ok(_) => {
@@ -277,7 +282,7 @@ impl Operator {
                 }
                 Err(error) => {
                     // It says nothing of the event: the same rows are read again once the writer is back.
-                    self.outage = Some(error);
+                    self.failure = Some(Some(error));
                     let first = rows.first().map_or(Seq::ZERO, |row| row.seq);
                     self.change_job(|job| job.after = last_done.unwrap_or(first.previous()).min(job.after));
                     break;
@@ -341,9 +346,9 @@ impl Operator {
         self.change = change;
     }
 
-    /// Why the writer is to be opened again, if a step failed for that.
-    pub(super) fn take_outage(&mut self) -> Option<BusError> {
-        self.outage.take()
+    /// Whether the writer failed at a step, and the outage if it was one.
+    pub(super) fn take_failure(&mut self) -> Option<Option<BusError>> {
+        self.failure.take()
     }
 
     /// Keys of which nothing is set aside any more flow again.

@@ -69,6 +69,8 @@ pub(super) struct Session {
     confirmations: Vec<(u64, Confirmations)>,
     fetching: Running<Result<Page, LogError>>,
     fetch_wanted: bool,
+    /// The last page was empty: everything that was visible then was read.
+    at_end: bool,
     storing: Running<Result<(), LogError>>,
     store: Option<Store>,
     /// The settled events and the time of the last checkpoint.
@@ -142,6 +144,7 @@ impl Session {
             confirmations: Vec::new(),
             fetching: Running::nothing(),
             fetch_wanted: true,
+            at_end: false,
             storing: Running::nothing(),
             store: None,
             checkpoint: (0, now),
@@ -194,11 +197,17 @@ impl Session {
     }
 
     fn next_due(&self) -> Instant {
-        let others = [self.lanes.next_due(), self.operator.next_due(), self.log_due, self.prune_due];
-        let mut due = self.poll_due.min(self.clock.renewal_due());
-        due = others.into_iter().flatten().fold(due, Instant::min);
-        if self.is_dirty() {
-            due = due.min(self.checkpoint.1 + self.log.checkpoint_interval());
+        let mut due = self.poll_due;
+        let mut earlier = |other: Option<Instant>| due = due.min(other.unwrap_or(due));
+        earlier(self.log_due);
+        earlier(self.prune_due);
+        earlier(self.operator.next_due());
+        // Without a lease nothing is handed over, however long it has been due.
+        earlier(self.lanes.next_due().filter(|_| self.clock.is_held(now())));
+        // While a write is under way, no other one is due.
+        if !self.storing.is_busy() {
+            earlier(Some(self.clock.renewal_due()));
+            earlier(self.is_dirty().then(|| self.checkpoint.1 + self.log.checkpoint_interval()));
         }
         // A time that has passed and changed nothing is not waited for in a tight loop.
         due.max(now() + Duration::from_millis(1))
@@ -277,8 +286,8 @@ impl Session {
 
     /// Closes a writer that failed, decides what follows from the failure, and opens another.
     async fn mend_writer(&mut self) -> Result<bool, End> {
-        if let Some(error) = self.operator.take_outage() {
-            self.lanes.stop(error);
+        if let Some(outage) = self.operator.take_failure() {
+            self.lanes.stop(outage);
         }
         let awaited = self.handing.is_none() && !self.lanes.has_in_flight() && !self.operator.has_in_flight();
         if self.lanes.is_stopping() && awaited {
@@ -416,6 +425,7 @@ impl Session {
         let (worked, random) = (!page.rows.is_empty(), fastrand::f64());
         // A page that is not empty is followed at once; an empty one by the next nudge or poll.
         self.fetch_wanted |= worked;
+        self.at_end = !worked;
         self.lanes.admit_page(page, now(), random);
         Ok(worked)
     }
@@ -558,6 +568,8 @@ impl Session {
 
     /// Whether everything up to `target` needs nothing more, and operators ask for nothing.
     pub(super) fn has_caught_up(&mut self, target: Seq) -> bool {
+        // Somebody may have removed the row at the target: then the end of the log is the goal.
+        let target = if self.at_end { target.min(self.lanes.high()) } else { target };
         self.lanes.is_settled_to(target) && !self.lanes.has_pending_set_aside() && self.operator.is_idle()
     }
 
