@@ -94,12 +94,16 @@ pub(crate) struct Lanes {
     config: LanesConfig,
     takes_all: bool,
     cursor: Cursor,
+    /// The last of the holes that were there at the start, until all of them were probed.
+    restored: Option<Seq>,
     high_id: Option<Text>,
     /// To be handed over next, each key in order.
     ready: VecDeque<(Seq, Event)>,
     /// Keys with events under way on a bus that keeps no order behind a failure.
     lanes: HashMap<EventKey, Lane>,
     holds: BTreeMap<HoldKey, Hold>,
+    /// Heads of holds that are under way: not to be tried beside themselves, whatever hold they are in by now.
+    trying: SeqSet,
     /// Keys whose events are set aside from this place on.
     parked: HashMap<EventKey, Seq>,
     in_flight: BTreeMap<u64, InFlight>,
@@ -135,7 +139,7 @@ struct Stop {
 /// One key on a bus that keeps no order behind a failure: its first event is ready or in flight, the others wait.
 #[derive(Debug, Default)]
 struct Lane {
-    waiting: VecDeque<(Seq, Event)>,
+    waiting: VecDeque<Row>,
 }
 
 #[derive(Debug)]
@@ -185,11 +189,13 @@ impl Lanes {
         Self {
             takes_all: config.topics.contains(&TopicPattern::any()),
             config,
+            restored: cursor.unseen().last(),
             cursor,
             high_id: None,
             ready: VecDeque::new(),
             lanes: HashMap::new(),
             holds: BTreeMap::new(),
+            trying: SeqSet::new(),
             parked: parked.into_iter().collect(),
             in_flight: BTreeMap::new(),
             next_batch: 0,
@@ -204,6 +210,11 @@ impl Lanes {
     }
 
     // ---- Rows come in.
+
+    /// Everything up to here is settled.
+    pub(crate) fn low(&self) -> Seq {
+        self.cursor.low()
+    }
 
     /// The highest place seen: the next page begins behind it.
     pub(crate) fn high(&self) -> Seq {
@@ -233,6 +244,7 @@ impl Lanes {
     /// it: an event that became visible together with a later one of its key goes first.
     pub(crate) fn admit_probe(&mut self, probe: Probe, now: Instant, random: f64) {
         self.cursor.close(&probe.dead);
+        self.restored = self.restored.filter(|last| probe.through < *last);
         for row in probe.rows {
             if self.cursor.appear(row.seq) {
                 self.admit(row, None, now, random);
@@ -243,8 +255,8 @@ impl Lanes {
     /// Takes the page behind [`high`](Lanes::high), once a probe that came after it has looked at every unseen place.
     pub(crate) fn admit_page(&mut self, page: Page, now: Instant, random: f64) {
         self.cursor.observe(page.rows.iter().map(|row| row.seq), page.gaps_are_dead);
-        if let Some(Row { event: Ok(event), .. }) = page.rows.last() {
-            self.high_id = Some(event.parts().id.clone());
+        if let Some(last) = page.rows.last() {
+            self.high_id = last.event.as_ref().ok().map(|event| event.parts().id.clone());
         }
         for row in page.rows {
             self.admit(row, None, now, random);
@@ -253,66 +265,79 @@ impl Lanes {
 
     /// Finds the place of a row: to be handed over, held, set aside, or nothing to this sink. `bypass` is the hold it
     /// just came out of.
+    ///
+    /// A row that cannot be published at all takes its place like any other: it is judged when it is its key's turn.
     fn admit(&mut self, row: Row, bypass: Option<&HoldKey>, now: Instant, random: f64) {
         let seq = row.seq;
-        let event = match row.event {
-            Ok(event) => event,
-            Err(invalid) => {
-                let error = BusError::from(invalid.error);
-                return self.verdict(seq, invalid.key.map(HoldKey::Key), &error, now, random);
-            }
-        };
-        if !self.takes_all && !self.config.topics.iter().any(|pattern| pattern.matches(event.topic())) {
+        let topic = row.topic();
+        if !self.takes_all && topic.is_some_and(|topic| !self.takes(topic)) {
             return self.settle(seq);
         }
         // The usual way first: nothing is held, nothing parked.
-        if !self.holds.is_empty() && self.join_hold(seq, &event, bypass) {
+        if !self.holds.is_empty() && self.join_hold(&row, bypass) {
             return;
         }
-        if !self.parked.is_empty() && self.join_parked(seq, &event) {
+        if !self.parked.is_empty() && self.join_parked(&row) {
             return;
         }
-        if event.size_bytes() > self.config.event_bytes_max {
-            let error = too_large(&event, self.config.event_bytes_max);
-            let [own, _] = hold_keys(seq, &event);
-            return self.verdict(seq, Some(own), &error, now, random);
-        }
-        self.enter_window(&event);
+        let key = row.event_key();
         match self.config.order {
-            OrderOnFailure::FailStop => self.ready.push_back((seq, event)),
-            OrderOnFailure::Independent => self.join_lane(seq, event),
-        }
-    }
-
-    /// One event of a key goes, the others wait behind it.
-    fn join_lane(&mut self, seq: Seq, event: Event) {
-        if let Some(key) = event_key(&event) {
-            if let Some(lane) = self.lanes.get_mut(&key) {
-                return lane.waiting.push_back((seq, event));
+            OrderOnFailure::Independent if key.as_ref().is_some_and(|key| self.lanes.contains_key(key)) => {
+                self.enter_window(row.size_bytes());
+                self.lanes.entry(key.expect("it has a lane")).or_default().waiting.push_back(row);
             }
-            self.lanes.insert(key, Lane::default());
+            order => match self.publishable(row) {
+                Ok((seq, event)) => {
+                    if let (OrderOnFailure::Independent, Some(key)) = (order, key) {
+                        self.lanes.insert(key, Lane::default());
+                    }
+                    self.enter_window(event.size_bytes());
+                    self.ready.push_back((seq, event));
+                }
+                Err((row, error)) => self.verdict(seq, row.own_hold(), &error, now, random),
+            },
         }
-        self.ready.push_back((seq, event));
     }
 
-    /// True if the event's key is parked: it is set aside behind what is there. What is older than that is not.
-    fn join_parked(&mut self, seq: Seq, event: &Event) -> bool {
-        let Some(key) = event_key(event) else { return false };
-        let behind = self.parked.get(&key).is_some_and(|head| *head < seq);
+    fn takes(&self, topic: &Topic) -> bool {
+        self.config.topics.iter().any(|pattern| pattern.matches(topic))
+    }
+
+    /// The event of a row, or why no attempt can publish it.
+    #[allow(clippy::result_large_err, reason = "it gives back the row that it took")]
+    fn publishable(&self, row: Row) -> Result<(Seq, Event), (Row, BusError)> {
+        let max = self.config.event_bytes_max;
+        match row.event {
+            Ok(event) if event.size_bytes() <= max => Ok((row.seq, event)),
+            Ok(ref event) => {
+                let error = too_large(event, max);
+                Err((row, error))
+            }
+            Err(ref invalid) => {
+                let error = BusError::from(invalid.error.clone());
+                Err((row, error))
+            }
+        }
+    }
+
+    /// True if the row's key is parked: it is set aside behind what is there. What is older than that is not.
+    fn join_parked(&mut self, row: &Row) -> bool {
+        let Some(key) = row.event_key() else { return false };
+        let behind = self.parked.get(&key).is_some_and(|head| *head < row.seq);
         if behind {
-            self.park_behind(seq, &key);
+            self.park_behind(row.seq, &key);
         }
         behind
     }
 
     /// A held topic is asked before a held key: what the key's hold has is older than what the topic's has.
-    fn join_hold(&mut self, seq: Seq, event: &Event, bypass: Option<&HoldKey>) -> bool {
-        let [own, topic] = hold_keys(seq, event);
-        if self.holds.get(&own).is_some_and(|hold| hold.queue.contains(seq)) {
+    fn join_hold(&mut self, row: &Row, bypass: Option<&HoldKey>) -> bool {
+        let (seq, own, topic) = (row.seq, row.own_hold(), row.topic().cloned().map(HoldKey::Topic));
+        if own.as_ref().and_then(|own| self.holds.get(own)).is_some_and(|hold| hold.queue.contains(seq)) {
             return true;
         }
-        let from_own = bypass == Some(&own);
-        for key in [topic, own].into_iter().filter(|key| Some(key) != bypass) {
+        let from_own = bypass.is_some() && bypass == own.as_ref();
+        for key in [topic, own].into_iter().flatten().filter(|key| Some(key) != bypass) {
             // A parked key has no hold; behind a topic's hold it is found parked when the topic goes on.
             if let Some(hold) = self.holds.get_mut(&key) {
                 // What a key held is older than what its topic still has, and need not queue behind it.
@@ -361,6 +386,7 @@ impl Lanes {
         if in_flight.left == 0 {
             self.in_flight.remove(&batch);
         }
+        self.trying.remove(seq);
         match outcome {
             Ok(receipt) => {
                 let counter =
@@ -376,7 +402,7 @@ impl Lanes {
     }
 
     fn confirmed(&mut self, seq: Seq, event: &Event) {
-        self.leave_window(event);
+        self.leave_window(event.size_bytes());
         self.settle(seq);
         if !self.lanes.is_empty()
             && let Some(key) = event_key(event)
@@ -398,12 +424,15 @@ impl Lanes {
                 stop.again.push((seq, event));
             }
             (_, OrderOnFailure::Independent) if verdict => {
-                self.leave_window(&event);
+                self.leave_window(event.size_bytes());
                 let [own, _] = hold_keys(seq, &event);
                 self.verdict(seq, Some(own), &error, now, random);
+                if let Some(key) = event_key(&event) {
+                    self.advance_lane(&key);
+                }
             }
             (_, OrderOnFailure::Independent) if error.kind() == ErrorKind::Unroutable => {
-                self.leave_window(&event);
+                self.leave_window(event.size_bytes());
                 self.hold_topic(seq, &event, now, random);
             }
             _ => {
@@ -413,12 +442,19 @@ impl Lanes {
         }
     }
 
-    /// The next event of a key may go.
+    /// The next event of a key may go; what cannot be published is given up on the way to it.
     fn advance_lane(&mut self, key: &EventKey) {
-        if let Some(lane) = self.lanes.get_mut(key) {
-            match lane.waiting.pop_front() {
-                Some(next) => self.ready.push_back(next),
-                None => drop(self.lanes.remove(key)),
+        while let Some(lane) = self.lanes.get_mut(key).filter(|_| self.halt.is_none()) {
+            let Some(next) = lane.waiting.pop_front() else {
+                self.lanes.remove(key);
+                return;
+            };
+            match self.publishable(next) {
+                Ok(next) => return self.ready.push_back(next),
+                Err((row, error)) => {
+                    self.leave_window(row.size_bytes());
+                    self.give_up(row.seq, row.own_hold(), &error, 1);
+                }
             }
         }
     }
@@ -480,22 +516,21 @@ impl Lanes {
         };
         let mut again = stop.again;
         again.extend(self.ready.drain(..));
-        again.extend(self.lanes.drain().flat_map(|(_, lane)| lane.waiting));
+        self.trying = SeqSet::new();
         again.iter().for_each(|(seq, event)| self.try_head_again(*seq, event, now));
+        let mut again: Vec<Row> = again.into_iter().map(|(seq, event)| Row { seq, event: Ok(event) }).collect();
+        again.extend(self.lanes.drain().flat_map(|(_, lane)| lane.waiting));
         let mut verdicts: BTreeMap<Seq, BusError> = BTreeMap::new();
         for (seq, event, error) in stop.verdicts {
             verdicts.insert(seq, error);
-            again.push((seq, event));
+            again.push(Row { seq, event: Ok(event) });
         }
-        again.iter().for_each(|(_, event)| self.leave_window(event));
-        again.sort_unstable_by_key(|(seq, _)| *seq);
-        for (seq, event) in again {
-            match verdicts.get(&seq) {
-                Some(error) => {
-                    let [own, _] = hold_keys(seq, &event);
-                    self.verdict(seq, Some(own), error, now, random);
-                }
-                None => self.admit(Row { seq, event: Ok(event) }, None, now, random),
+        again.iter().for_each(|row| self.leave_window(row.size_bytes()));
+        again.sort_unstable_by_key(|row| row.seq);
+        for row in again {
+            match verdicts.get(&row.seq) {
+                Some(error) => self.verdict(row.seq, row.own_hold(), error, now, random),
+                None => self.admit(row, None, now, random),
             }
         }
         stop.outage.filter(|_| verdicts.is_empty())
@@ -516,6 +551,9 @@ impl Lanes {
     /// or would have; a row that is no event may have none.
     fn verdict(&mut self, seq: Seq, own: Option<HoldKey>, error: &BusError, now: Instant, random: f64) {
         self.judged(seq);
+        if let Some(own) = own.as_ref().filter(|own| self.waits_behind(seq, own)) {
+            return self.leave_lane(own, own);
+        }
         let attempts = own.as_ref().and_then(|own| self.holds.get(own)).map_or(0, |hold| hold.attempts) + 1;
         let delay = if error.is_retryable() { self.config.retry.delay_after(attempts, random) } else { None };
         let (Some(delay), Some(own)) = (delay, &own) else { return self.give_up(seq, own, error, attempts) };
@@ -529,6 +567,16 @@ impl Lanes {
         hold.attempts = attempts;
         hold.state = HoldState::Waiting(now + delay);
         self.leave_lane(own, own);
+    }
+
+    /// True if an earlier event of the key is held: this one joins it, and is judged when it is its turn.
+    fn waits_behind(&mut self, seq: Seq, own: &HoldKey) -> bool {
+        let Some(hold) = self.holds.get_mut(own) else { return false };
+        let behind = hold.queue.first().is_some_and(|first| first < seq);
+        if behind {
+            hold.queue.insert(seq);
+        }
+        behind
     }
 
     /// An event that was tried for its whole topic was judged for itself: the topic goes on.
@@ -559,6 +607,9 @@ impl Lanes {
             OnFailure::Park => DeadState::Parked,
         };
         self.put_aside(seq, state, reason, error.to_string(), attempts);
+        if let Some(own) = &own {
+            self.leave_hold(seq, &HoldKey::Topic(own.topic().clone()));
+        }
         match own {
             Some(HoldKey::Key(key)) if state == DeadState::Parked => self.park(seq, key),
             Some(own) => self.go_on_behind(seq, &own),
@@ -566,31 +617,41 @@ impl Lanes {
         }
     }
 
-    /// Everything of the key that is behind `head` is set aside behind it.
+    /// Everything of the key that waits behind `head`, its first unsettled event, is set aside behind it.
     fn park(&mut self, head: Seq, key: EventKey) {
         let lane = self.lanes.remove(&key).unwrap_or_default();
-        for (seq, event) in lane.waiting {
-            self.leave_window(&event);
-            self.park_behind(seq, &key);
+        for row in lane.waiting {
+            self.leave_window(row.size_bytes());
+            self.park_behind(row.seq, &key);
         }
         let hold = self.holds.remove(&HoldKey::Key(key.clone()));
         let behind = hold.map(|hold| hold.queue).unwrap_or_default();
         behind.iter().filter(|seq| *seq != head).for_each(|seq| self.park_behind(seq, &key));
-        self.parked.insert(key, head);
+        let first = self.parked.entry(key).or_insert(head);
+        *first = head.min(*first);
+    }
+
+    /// An event that needs nothing more waits in no hold, whatever the hold does.
+    fn leave_hold(&mut self, seq: Seq, key: &HoldKey) {
+        if let Some(hold) = self.holds.get_mut(key) {
+            hold.queue.remove(seq);
+            if hold.queue.is_empty() {
+                self.holds.remove(key);
+            }
+        }
     }
 
     /// The key goes on behind an event that alone was given up.
     fn go_on_behind(&mut self, seq: Seq, own: &HoldKey) {
-        if let Some(hold) = self.holds.get_mut(own) {
-            hold.queue.remove(seq);
+        let Some(hold) = self.holds.get_mut(own) else { return };
+        let was_head = hold.queue.first() == Some(seq);
+        hold.queue.remove(seq);
+        if was_head {
             hold.attempts = 0;
             hold.state = HoldState::Draining { reading: false };
-            if hold.queue.is_empty() {
-                self.holds.remove(own);
-            }
         }
-        if let HoldKey::Key(key) = own {
-            self.advance_lane(key);
+        if hold.queue.is_empty() {
+            self.holds.remove(own);
         }
     }
 
@@ -598,10 +659,10 @@ impl Lanes {
     fn leave_lane(&mut self, own: &HoldKey, hold: &HoldKey) {
         let HoldKey::Key(key) = own else { return };
         let lane = self.lanes.remove(key).unwrap_or_default();
-        for (seq, event) in lane.waiting {
-            self.leave_window(&event);
+        for row in lane.waiting {
+            self.leave_window(row.size_bytes());
             if let Some(hold) = self.holds.get_mut(hold) {
-                hold.queue.insert(seq);
+                hold.queue.insert(row.seq);
             }
         }
     }
@@ -628,7 +689,13 @@ impl Lanes {
         let hold = self.holds.entry(key.clone()).or_insert_with(|| Hold::new(now));
         hold.queue.insert(seq);
         held.iter().for_each(|other| hold.queue.insert_all(&other.queue));
-        if !matches!(hold.state, HoldState::Waiting(due) if due > now) {
+        // Its head may be under way: then that outcome decides.
+        let waits = match hold.state {
+            HoldState::Waiting(due) => due > now,
+            HoldState::Probing(head) => head != seq,
+            HoldState::Draining { .. } => false,
+        };
+        if !waits {
             hold.attempts += 1;
             hold.state = HoldState::Waiting(now + self.config.retry.backoff(hold.attempts, random));
         }
@@ -643,20 +710,27 @@ impl Lanes {
         if !matches!(self.bus, BusState::Open) || !self.window_has_room() {
             return wanted;
         }
-        for hold in self.holds.values_mut() {
+        for (key, hold) in &mut self.holds {
             if wanted.len() >= DRAIN_EVENTS_MAX {
                 break;
             }
             match hold.state {
                 HoldState::Waiting(due) if due <= now => {
-                    if let Some(head) = hold.queue.first() {
+                    if let Some(head) = hold.queue.first().filter(|head| !self.trying.contains(*head)) {
                         hold.state = HoldState::Probing(head);
                         wanted.insert(head);
                     }
                 }
                 HoldState::Draining { reading: false } => {
-                    hold.state = HoldState::Draining { reading: true };
-                    wanted.insert_all(&hold.queue.lowest(DRAIN_EVENTS_MAX));
+                    // What a topic took over from its keys may be under way: its outcome takes it out of the queue.
+                    let topic = matches!(key, HoldKey::Topic(_));
+                    let tried = self.trying.iter().find(|seq| topic && hold.queue.contains(*seq));
+                    let end = tried.map_or(hold.queue.last(), |seq| Some(seq.previous())).unwrap_or_default();
+                    let next = hold.queue.lowest(DRAIN_EVENTS_MAX).within(Seq::ZERO, end);
+                    if !next.is_empty() {
+                        hold.state = HoldState::Draining { reading: true };
+                        wanted.insert_all(&next);
+                    }
                 }
                 _ => {}
             }
@@ -735,35 +809,32 @@ impl Lanes {
 
     /// The head of a hold goes alone, before everything that waits behind it.
     fn hand_over_head(&mut self, row: Row, key: &HoldKey, now: Instant, random: f64) {
-        let event = match row.event {
-            Ok(event) => event,
-            Err(invalid) => {
-                let own = match key {
-                    HoldKey::Topic(_) => invalid.key.map(HoldKey::Key),
-                    own => Some(own.clone()),
-                };
-                return self.verdict(row.seq, own, &BusError::from(invalid.error), now, random);
+        if matches!(key, HoldKey::Topic(_)) {
+            let behind = row.event_key().filter(|key| self.lanes.contains_key(key));
+            if behind.is_some() || self.join_parked(&row) {
+                self.leave_topic(row.seq, key, now);
+                if let Some(lane) = behind.and_then(|key| self.lanes.get_mut(&key)) {
+                    lane.waiting.push_back(row.clone());
+                    self.enter_window(row.size_bytes());
+                }
+                return;
             }
-        };
-        if matches!(key, HoldKey::Topic(_)) && self.leave_topic(row.seq, &event, key, now) {
-            return;
         }
-        self.enter_window(&event);
-        self.ready.push_back((row.seq, event));
+        match self.publishable(row) {
+            Ok((seq, event)) => {
+                self.enter_window(event.size_bytes());
+                self.trying.insert(seq);
+                self.ready.push_back((seq, event));
+            }
+            Err((row, error)) => self.verdict(row.seq, row.own_hold(), &error, now, random),
+        }
     }
 
-    /// The head of a held topic belongs to a key that was parked meanwhile: it is set aside, and the topic is tried with
-    /// its next event.
-    fn leave_topic(&mut self, seq: Seq, event: &Event, topic: &HoldKey, now: Instant) -> bool {
-        let parked = self.join_parked(seq, event);
-        if parked && let Some(hold) = self.holds.get_mut(topic) {
-            hold.queue.remove(seq);
-            hold.state = HoldState::Waiting(now);
-            if hold.queue.is_empty() {
-                self.holds.remove(topic);
-            }
-        }
-        parked
+    /// The head of a held topic belongs to a key with earlier events under way, or that was parked meanwhile: it follows
+    /// those, and the topic is tried with its next event.
+    fn leave_topic(&mut self, seq: Seq, topic: &HoldKey, now: Instant) {
+        self.wait_until(topic, now);
+        self.leave_hold(seq, topic);
     }
 
     fn forget(&mut self, seq: Seq, key: &HoldKey) {
@@ -788,14 +859,14 @@ impl Lanes {
         self.settled += 1;
     }
 
-    fn enter_window(&mut self, event: &Event) {
+    fn enter_window(&mut self, bytes: usize) {
         self.window_events += 1;
-        self.window_bytes += event.size_bytes();
+        self.window_bytes += bytes;
     }
 
-    fn leave_window(&mut self, event: &Event) {
+    fn leave_window(&mut self, bytes: usize) {
         self.window_events -= 1;
-        self.window_bytes -= event.size_bytes();
+        self.window_bytes -= bytes;
     }
 
     /// Events to be set aside and not committed yet.
@@ -862,6 +933,18 @@ impl Lanes {
         !self.set_aside.is_empty()
     }
 
+    /// Whether an event of a parked key, one from before its head, is not settled yet.
+    pub(crate) fn is_under_way(&self, key: &EventKey) -> bool {
+        let is_of_key = |event: &Event| event.key() == Some(key.1.as_str()) && *event.topic() == key.0;
+        let in_flight = self.in_flight.values().flat_map(|batch| batch.entries.iter().flatten());
+        self.restored.is_some()
+            || self.lanes.contains_key(key)
+            || self.holds.contains_key(&HoldKey::Key(key.clone()))
+            || self.holds.contains_key(&HoldKey::Topic(key.0.clone()))
+            || self.ready.iter().chain(in_flight).any(|(_, event)| is_of_key(event))
+            || matches!(&self.bus, BusState::Stopping(_))
+    }
+
     /// The events of `key` flow again: an operator saw to those that were set aside.
     pub(crate) fn unpark(&mut self, key: &EventKey) {
         self.parked.remove(key);
@@ -872,8 +955,8 @@ impl Lanes {
         match &self.bus {
             BusState::Closed { due } => *due,
             BusState::Open if self.window_has_room() => {
-                let waiting = |hold: &Hold| match hold.state {
-                    HoldState::Waiting(due) => Some(due),
+                let waiting = |hold: &Hold| match (hold.state, hold.queue.first()) {
+                    (HoldState::Waiting(due), Some(head)) if !self.trying.contains(head) => Some(due),
                     _ => None,
                 };
                 self.holds.values().filter_map(waiting).min()
@@ -891,6 +974,28 @@ impl Hold {
     /// Whether its head was not tried with success yet.
     fn is_waiting(&self) -> bool {
         !matches!(self.state, HoldState::Draining { .. })
+    }
+}
+
+impl Row {
+    fn topic(&self) -> Option<&Topic> {
+        match &self.event {
+            Ok(event) => Some(event.topic()),
+            Err(invalid) => invalid.topic.as_ref(),
+        }
+    }
+
+    fn event_key(&self) -> Option<EventKey> {
+        match &self.event {
+            Ok(event) => event_key(event),
+            Err(invalid) => Some((invalid.topic.clone()?, invalid.key.clone()?)),
+        }
+    }
+
+    /// The hold it can be the head of, apart from its topic's.
+    fn own_hold(&self) -> Option<HoldKey> {
+        let single = || Some(HoldKey::Single(self.topic()?.clone(), self.seq));
+        self.event_key().map(HoldKey::Key).or_else(single)
     }
 }
 

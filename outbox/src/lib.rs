@@ -10,6 +10,8 @@ mod append;
 mod error;
 mod topics;
 mod log;
+mod rows;
+mod marks;
 mod cursor;
 mod lanes;
 mod wake;

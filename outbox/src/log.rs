@@ -86,8 +86,10 @@ pub struct Row {
 /// A row that is no valid event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct InvalidRow {
-    /// The key it would hold, if that much can be read.
-    pub key: Option<EventKey>,
+    /// The topic it is for, if that much can be read.
+    pub topic: Option<Topic>,
+    /// The key it belongs to, if it has one.
+    pub key: Option<Text>,
     /// Which column breaks which rule.
     pub error: EventError,
 }
@@ -326,6 +328,9 @@ pub struct Selected {
     /// Only those up to this place.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<Seq>,
+    /// Only those whose keys wait for them.
+    #[serde(default)]
+    pub parked: bool,
 }
 
 /// What an operator asked of a sink's owner.

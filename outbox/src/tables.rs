@@ -3,27 +3,30 @@
 use bus_core::EventError;
 
 /// What the tables are called, and what they allow.
+///
+/// On PostgreSQL they stand in a schema of this name; on SQLite the names of all begin with it and an underscore.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tables {
-    prefix: String,
+    name: String,
     event_bytes_max: usize,
 }
 
 impl Tables {
-    /// Tables whose names begin with `prefix`, for events of at most `event_bytes_max` bytes of data.
+    /// Tables called after `name`, for events of at most `event_bytes_max` bytes of data.
     ///
     /// # Errors
     ///
-    /// Field `prefix`, unless it is a letter followed by letters, digits and underscores, at most 32 characters.
-    pub fn new(prefix: &str, event_bytes_max: usize) -> Result<Self, EventError> {
-        let word = |c: char| c.is_ascii_alphanumeric() || c == '_';
-        let fits =
-            prefix.starts_with(|c: char| c.is_ascii_alphabetic()) && prefix.chars().all(word) && prefix.len() <= 32;
-        if !fits {
-            let problem = "must be a letter followed by letters, digits and underscores, at most 32 characters";
-            return Err(EventError::new("prefix", problem));
+    /// Field `name`, unless it is a lower-case letter followed by lower-case letters, digits and underscores, at most 32
+    /// characters, and does not begin with `pg_`, which is PostgreSQL's own.
+    pub fn new(name: &str, event_bytes_max: usize) -> Result<Self, EventError> {
+        let word = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+        let fits = name.starts_with(|c: char| c.is_ascii_lowercase()) && name.chars().all(word) && name.len() <= 32;
+        if !fits || name.starts_with("pg_") {
+            let problem = "must be a lower-case letter followed by lower-case letters, digits and underscores, at most \
+                 32 characters, and not begin with pg_";
+            return Err(EventError::new("name", problem));
         }
-        Ok(Self { prefix: prefix.to_owned(), event_bytes_max })
+        Ok(Self { name: name.to_owned(), event_bytes_max })
     }
 
     /// Largest event in bytes, as [`Event::size_bytes`](bus_core::Event::size_bytes) counts.
@@ -31,14 +34,19 @@ impl Tables {
         self.event_bytes_max
     }
 
-    /// Fills in the names of a statement.
+    /// Fills in the names of a statement for SQLite.
+    #[cfg(feature = "sqlite")]
     pub(crate) fn expand(&self, template: &str) -> String {
-        template.replace("{p}", &self.prefix).replace("{event_bytes_max}", &self.event_bytes_max.to_string())
+        self.fill(template, &format!("{}_", self.name))
+    }
+
+    fn fill(&self, template: &str, names: &str) -> String {
+        template.replace("{p}", names).replace("{event_bytes_max}", &self.event_bytes_max.to_string())
     }
 }
 
 impl Default for Tables {
     fn default() -> Self {
-        Self { prefix: "outbus_".to_owned(), event_bytes_max: crate::EVENT_BYTES_MAX }
+        Self { name: "outbus".to_owned(), event_bytes_max: crate::EVENT_BYTES_MAX }
     }
 }

@@ -145,7 +145,7 @@ async fn plain_sql_is_enough() {
 async fn migrating_is_safe_to_repeat_and_to_do_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let options = sqlite_options(&format!("sqlite://{}", dir.path().join("shop.db").display())).unwrap();
-    let tables = Tables::new("shop_", 1_000).unwrap();
+    let tables = Tables::new("shop", 1_000).unwrap();
     let mut at_once = tokio::task::JoinSet::new();
     for _ in 0..4 {
         let (options, tables) = (options.clone(), tables.clone());
@@ -161,8 +161,8 @@ async fn migrating_is_safe_to_repeat_and_to_do_at_once() {
     outbox.append(&mut tx, [event("a", 0)]).await.unwrap();
     tx.commit().await.unwrap();
     assert_eq!(outbox.log("main").await.unwrap().last_seq().await.unwrap(), Seq(1));
-    for bad in ["", "1a", "a;b", "a b", "a\"b", &"x".repeat(33)] {
-        assert_eq!(Tables::new(bad, 1).unwrap_err().field(), "prefix");
+    for bad in ["", "1a", "A", "pg_a", "a;b", "a b", "a\"b", &"x".repeat(33)] {
+        assert_eq!(Tables::new(bad, 1).unwrap_err().field(), "name");
     }
 }
 

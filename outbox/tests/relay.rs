@@ -6,15 +6,15 @@ mod support;
 use std::{
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use async_trait::async_trait;
 use bus_core::{
-    BusError, ErrorKind, Event, EventBus, FileBus, FileConfig, Group, InMemoryBus, OrderOnFailure, Seq, SeqSet,
-    SubscribeRequest, Topic, WriterId, read_events,
+    BusError, ErrorKind, Event, EventBus, FileBus, FileConfig, Group, InMemoryBus, OrderOnFailure, RetryPolicy, Seq,
+    SeqSet, SubscribeRequest, Topic, WriterId, read_events,
 };
 use outbox::{
     Acquire, Acquisition, Change, DeadRow, Lease, LogAdmin, LogError, LogErrorKind, LogSource, OnFailure, Page,
@@ -450,6 +450,89 @@ async fn an_unroutable_topic_waits_and_the_others_flow() {
     assert_eq!(ids(&order), (0..20).map(|n| format!("a-{n}")).collect::<Vec<_>>());
 }
 
+/// Catches the mutant that looks for a key's parked rows among so many of all its rows: those that were given up alone
+/// hid them, the key flowed too early, and the request never ended.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_given_up_alone_does_not_hide_what_is_parked() {
+    for (order, kind) in
+        [(INDEPENDENT, RequestKind::Retry), (FAIL_STOP, RequestKind::Retry), (FAIL_STOP, RequestKind::Discard)]
+    {
+        let (shop, bus) = (Shop::open().await, ScriptedBus::new(order));
+        bus.rule(|event| ["a-0", "a-1"].contains(&event.id()).then(|| BusError::new(ErrorKind::Refused, "no")));
+        shop.append([event("a", 0)]).await;
+        shop.relay_once(bus.arc(), RelayConfig { on_failure: OnFailure::DeadLetter, ..config() }).await;
+        shop.append([event("a", 1), event("a", 2)]).await;
+        shop.relay_once(bus.arc(), config()).await;
+        bus.rule(|_| None);
+        let one = Selected { ids: Some(vec!["a-1".into()]), ..Selected::default() };
+        shop.admin().await.ask("main", kind, &one, Some(1)).await.unwrap();
+        shop.append([event("a", 3)]).await;
+        shop.relay_once(bus.arc(), config()).await;
+        let expected: &[&str] = if kind == RequestKind::Retry { &["a-1", "a-2", "a-3"] } else { &[] };
+        assert_eq!(ids(&bus.stored()), expected, "{order:?}, {kind:?}");
+    }
+}
+
+/// Catches the mutant that reads all holes of the last owner at once, whatever the window.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_restart_keeps_to_its_window() {
+    let (shop, bus) = (Shop::open().await, ScriptedBus::new(INDEPENDENT));
+    bus.rule(|event| (**event.topic() == *"nowhere").then(|| BusError::new(ErrorKind::Unroutable, "no queue")));
+    shop.append((0..3_000).map(|n| event_of("nowhere", "k", n))).await;
+    let config = RelayConfig { window_events: 100, drain: Duration::from_millis(100), ..config() };
+    let relay = Running::start(shop.relay(bus.arc(), config.clone()).await);
+    until("all are held", async || shop.admin().await.status().await.unwrap()[0].high >= Seq(3_000)).await;
+    relay.stop().await;
+    bus.away(true);
+    let log = Arc::new(CountingLog::new(shop.log("main").await));
+    let relay = Running::start(Relay::new(log.clone(), bus.arc(), config).unwrap());
+    until("the holes are looked at", async || log.rows.load(Ordering::SeqCst) >= 100).await;
+    until("the bus was tried", async || bus.opened() >= 4).await;
+    relay.stop().await;
+    let read = log.rows.load(Ordering::SeqCst);
+    assert!(read <= 200, "{read} events were read with a window of 100 and no broker");
+}
+
+/// Catches the mutant that compares with where the owner began: an outage looked like another history once retention
+/// had removed the broker's last event.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_removed_row_is_no_other_history() {
+    let (shop, bus) = (Shop::open().await, ScriptedBus::remembering());
+    let config = RelayConfig { retention: Some(Duration::ZERO), ..config() };
+    let relay = Running::start(shop.relay(bus.arc(), config).await);
+    shop.append(events(1, 10)).await;
+    until("an empty table", async || shop.rows().await == 0).await;
+    bus.away(true);
+    shop.append([event("late", 0)]).await;
+    until("the bus is away", async || bus.opened() >= 3).await;
+    bus.away(false);
+    bus.until_stored(11).await;
+    let epoch = shop.admin().await.status().await.unwrap()[0].epoch;
+    relay.stop().await;
+    assert_eq!(epoch, 1, "the owner took its log for another one");
+}
+
+/// Catches the mutant that forgets, with a turn that was dropped, that it was reading a held key's events.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_dropped_turn_forgets_no_key() {
+    let (shop, bus) = (Shop::open().await, ScriptedBus::new(FAIL_STOP));
+    bus.refuse("a-0");
+    shop.append([event("a", 0), event("b", 0)]).await;
+    let log = Arc::new(CountingLog::new(shop.log("main").await));
+    log.slow_reads.store(true, Ordering::SeqCst);
+    let config = RelayConfig { retry: RetryPolicy { attempts: 100, ..config().retry }, ..config() };
+    let mut relay = Relay::new(log.clone(), bus.arc(), config).unwrap();
+    until("a turn is dropped while it reads", async || {
+        let turn = tokio::time::timeout(Duration::from_millis(20), relay.turn()).await;
+        turn.is_err() && log.reads.load(Ordering::SeqCst) > 2
+    })
+    .await;
+    log.slow_reads.store(false, Ordering::SeqCst);
+    bus.rule(|_| None);
+    within("the rest", relay.run_once(std::future::pending())).await.unwrap();
+    assert_eq!(ids(&bus.stored()).len(), 2);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn settled_rows_go_after_their_time() {
     let (shop, bus) = (Shop::open().await, ScriptedBus::new(FAIL_STOP));
@@ -457,10 +540,7 @@ async fn settled_rows_go_after_their_time() {
     let relay = Running::start(shop.relay(bus.arc(), config).await);
     shop.append(events(10, 20)).await;
     bus.until_stored(200).await;
-    let rows = async || {
-        sqlx::query_scalar::<_, i64>("SELECT count(*) FROM outbus_outbox").fetch_one(&shop.pool).await.unwrap()
-    };
-    until("an empty table", async || rows().await == 0).await;
+    until("an empty table", async || shop.rows().await == 0).await;
     shop.append(vec![event("late", 0)]).await;
     bus.until_stored(201).await;
     relay.stop().await;
@@ -514,12 +594,23 @@ struct CountingLog {
     refuse_commits: AtomicU64,
     polls: AtomicU64,
     rows: AtomicU64,
+    reads: AtomicU64,
+    slow_reads: AtomicBool,
 }
 
 impl CountingLog {
     fn new(inner: Arc<dyn LogSource>) -> Self {
         let zero = || AtomicU64::new(0);
-        Self { inner, commits: zero(), refused: zero(), refuse_commits: zero(), polls: zero(), rows: zero() }
+        Self {
+            inner,
+            commits: zero(),
+            refused: zero(),
+            refuse_commits: zero(),
+            polls: zero(),
+            rows: zero(),
+            reads: zero(),
+            slow_reads: AtomicBool::new(false),
+        }
     }
 }
 
@@ -536,10 +627,16 @@ impl LogSource for CountingLog {
     }
 
     async fn probe(&self, unseen: &SeqSet, limit: PageLimit) -> Result<Probe, LogError> {
-        self.inner.probe(unseen, limit).await
+        let probe = self.inner.probe(unseen, limit).await?;
+        self.rows.fetch_add(probe.rows.len() as u64, Ordering::SeqCst);
+        Ok(probe)
     }
 
     async fn read(&self, seqs: &SeqSet, limit: PageLimit) -> Result<ReadRows, LogError> {
+        self.reads.fetch_add(1, Ordering::SeqCst);
+        if self.slow_reads.load(Ordering::SeqCst) {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
         self.inner.read(seqs, limit).await
     }
 

@@ -36,7 +36,9 @@ CREATE TABLE {p}log (
   janitor TEXT,
   janitor_until INTEGER NOT NULL DEFAULT 0,
   -- When every sink had settled how much: [[microseconds, place], ...], ascending.
-  settled_marks TEXT NOT NULL DEFAULT '[]'
+  settled_marks TEXT NOT NULL DEFAULT '[]',
+  -- The highest epoch of a sink that was removed: no later one begins below it.
+  epoch_floor INTEGER NOT NULL DEFAULT 0
 );
 
 -- One row per sink that reads a log. Written by its owner at checkpoints only, never per event.

@@ -67,6 +67,22 @@ pub async fn an_event_that_no_sink_wants_stays(database: &dyn LogDatabase) {
     assert_eq!((status.unclaimed, status.backlog), (1, 0));
 }
 
+/// A sink that is registered when others are gone has settled nothing, whatever those had settled long ago.
+pub async fn what_was_settled_before_a_sink_came_is_not_settled_for_it(database: &dyn LogDatabase) {
+    let (log, admin) = (database.log("main").await, database.admin().await);
+    database.append(events(10)).await;
+    let owned = own(&log).await;
+    settle_all(&log, &owned.lease).await;
+    let retention = Duration::from_millis(100);
+    assert_eq!(log.prune("one:1", retention, 100).await.expect("the janitor works").rows, 0);
+    log.release(&owned.lease).await.expect("the owner releases");
+    admin.remove_sink("main").await.expect("nobody owns it");
+    tokio::time::sleep(retention * 2).await;
+    assert_eq!(own(&log).await.low, Seq::ZERO);
+    assert_eq!(log.prune("one:1", retention, 100).await.expect("the janitor works").rows, 0);
+    assert_eq!(all_seqs(&log).await.len(), 10, "rows are gone that the only sink has not settled");
+}
+
 /// While one janitor is at work the others leave it alone.
 pub async fn one_janitor_at_a_time(database: &dyn LogDatabase) {
     let log = database.log("main").await;
@@ -94,6 +110,37 @@ pub async fn a_new_sink_begins_where_it_should(database: &dyn LogDatabase) {
     assert!(latest.low >= seqs[4]);
     database.append(events(1)).await;
     assert!(main.last_seq().await.expect("a place") > latest.high, "what follows is above it");
+}
+
+/// Events that no sink wanted stay, so a new one that wants them begins with them.
+pub async fn a_new_sink_begins_with_what_nobody_wanted(database: &dyn LogDatabase) {
+    let (log, topic) = (database.log("main").await, |topic: &str| vec![topic.parse().expect("a pattern")]);
+    database.append(["orders", "payments", "orders", "payments"].map(|topic| event(topic, "a", 0)).into()).await;
+    let seqs = all_seqs(&log).await;
+    let owned = own_with(&log, Acquire { topics: topic("orders"), ..request("one:1") }).await;
+    settle_all(&log, &owned.lease).await;
+    let second =
+        own_with(&database.log("second").await, Acquire { topics: topic("payments"), ..request("two:2") }).await;
+    assert_eq!(second.low, seqs[0], "the first payment is behind it");
+    log.prune("one:1", AT_ONCE, 100).await.expect("the janitor works");
+    assert!(all_seqs(&log).await.contains(&seqs[1]), "nobody has published it");
+}
+
+/// A sink that takes more topics than before gets what no sink wanted until then, and nothing of what it had settled.
+pub async fn a_sink_that_takes_more_topics_gets_what_nobody_wanted(database: &dyn LogDatabase) {
+    let (log, orders) = (database.log("main").await, vec!["orders".parse().expect("a pattern")]);
+    database.append(["orders", "payments", "orders", "payments"].map(|topic| event(topic, "a", 0)).into()).await;
+    let seqs = all_seqs(&log).await;
+    let owned = own_with(&log, Acquire { topics: orders, ..request("one:1") }).await;
+    let last = settle_all(&log, &owned.lease).await;
+    log.release(&owned.lease).await.expect("the owner releases");
+    for _ in 0..2 {
+        let wider = own(&log).await;
+        let unsettled: SeqSet = [seqs[1], seqs[3]].into_iter().collect();
+        assert_eq!((wider.low, wider.high, wider.holes), (seqs[0], last, unsettled));
+        log.release(&wider.lease).await.expect("the owner releases");
+    }
+    assert_eq!(log.prune("one:1", AT_ONCE, 100).await.expect("the janitor works").rows, 1);
 }
 
 /// Backlog, holes, owner, set-aside events: as they are, and a log without sinks is listed too.
@@ -141,4 +188,18 @@ pub async fn a_sink_that_is_owned_cannot_be_removed(database: &dyn LogDatabase) 
     assert!(admin.sinks().await.expect("sinks").is_empty());
     assert!(admin.dead_letters(&crate::Selected::default(), None, 10).await.expect("a list").is_empty());
     assert_eq!(own(&log).await.low, Seq::ZERO, "it begins anew");
+}
+
+/// An owner that slept while its sink was removed and registered again moves nothing: epochs never begin anew.
+pub async fn a_sink_that_comes_back_fences_those_before_it(database: &dyn LogDatabase) {
+    let (log, again) = (database.log("main").await, database.log("main").await);
+    database.append(events(10)).await;
+    let asleep = own(&log).await;
+    log.release(&asleep.lease).await.expect("the owner releases");
+    database.admin().await.remove_sink("main").await.expect("nobody owns it");
+    let owned = own(&again).await;
+    let error = log.commit(&asleep.lease, &settled(Seq(10))).await.expect_err("its epoch is over");
+    assert_eq!(error.kind(), LogErrorKind::Fenced);
+    again.release(&owned.lease).await.expect("the owner releases");
+    assert_eq!(own(&again).await.low, Seq::ZERO, "a stale owner moved the cursor");
 }

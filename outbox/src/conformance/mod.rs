@@ -70,6 +70,7 @@ macro_rules! log_conformance_cases {
             many_holes_are_joined_and_none_is_forgotten
             an_owner_can_ask_for_a_higher_epoch_and_another_history
             a_restored_log_is_another_history
+            a_row_without_a_known_id_is_no_other_history
             set_aside_events_and_the_cursor_move_together
             parked_keys_are_found_by_the_next_owner
             set_aside_events_are_selected
@@ -79,10 +80,14 @@ macro_rules! log_conformance_cases {
             nothing_is_removed_before_every_sink_settled_it
             retention_counts_from_when_all_had_settled
             an_event_that_no_sink_wants_stays
+            what_was_settled_before_a_sink_came_is_not_settled_for_it
             one_janitor_at_a_time
             a_new_sink_begins_where_it_should
+            a_new_sink_begins_with_what_nobody_wanted
+            a_sink_that_takes_more_topics_gets_what_nobody_wanted
             status_counts
             a_sink_that_is_owned_cannot_be_removed
+            a_sink_that_comes_back_fences_those_before_it
         }
     };
 }

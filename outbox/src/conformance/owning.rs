@@ -139,3 +139,18 @@ pub async fn a_restored_log_is_another_history(database: &dyn LogDatabase) {
     assert_ne!(other.incarnation, first.incarnation, "what the broker remembers would be believed");
     assert_eq!(other.low, last, "the cursor goes on where it was");
 }
+
+/// Where the id at the highest place is not known, as at a row that is no event, that of an earlier place says nothing.
+pub async fn a_row_without_a_known_id_is_no_other_history(database: &dyn LogDatabase) {
+    let log = database.log("main").await;
+    database.append(vec![event("orders", "a", 0)]).await;
+    let first = own(&log).await;
+    let last = all_seqs(&log).await[0];
+    let change = Change { high_id: Some("a-0".into()), ..settled(last) };
+    log.commit(&first.lease, &change).await.expect("the owner commits");
+    database.insert_invalid("orders", "b").await;
+    let last = all_seqs(&log).await[1];
+    log.commit(&first.lease, &settled(last)).await.expect("the owner commits");
+    log.release(&first.lease).await.expect("the owner releases");
+    assert_eq!(own(&log).await.incarnation, first.incarnation);
+}

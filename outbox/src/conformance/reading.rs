@@ -71,7 +71,7 @@ pub async fn a_row_that_is_no_event_is_told_not_skipped(database: &dyn LogDataba
     assert_eq!(page.rows.len(), 3);
     let invalid = page.rows[1].event.as_ref().expect_err("it is no event");
     assert_eq!(invalid.error.field(), "type");
-    let key = invalid.key.as_ref().map(|(topic, key)| (topic.to_string(), key.to_string()));
+    let key = invalid.topic.as_ref().zip(invalid.key.as_ref()).map(|(topic, key)| (topic.to_string(), key.to_string()));
     assert_eq!(key, Some(("orders".to_owned(), "b".to_owned())));
 }
 

@@ -29,8 +29,33 @@ fn config(order: OrderOnFailure, on_failure: OnFailure) -> LanesConfig {
     }
 }
 
+/// Keys `c` and `d` are billing's, and half of what has no key.
+fn topic(seq: u64, key: &str) -> &'static str {
+    match key {
+        "c" | "d" => "billing",
+        "" if seq.is_multiple_of(2) => "billing",
+        _ => "orders",
+    }
+}
+
 fn row(seq: u64, key: &str) -> Row {
-    let builder = Event::builder("orders", "order.placed").id(seq);
+    let builder = Event::builder(topic(seq, key), "order.placed").id(seq);
+    let builder = if key.is_empty() { builder } else { builder.key(key) };
+    Row { seq: Seq(seq), event: Ok(builder.build().unwrap()) }
+}
+
+/// A row that is no valid event.
+fn invalid(seq: u64, key: &str) -> Row {
+    let invalid = crate::InvalidRow {
+        topic: Some(Topic::new(topic(seq, key)).unwrap()),
+        key: (!key.is_empty()).then(|| key.into()),
+        error: bus_core::EventError::new("id", "must not be empty"),
+    };
+    Row { seq: Seq(seq), event: Err(invalid) }
+}
+
+fn too_large(seq: u64, key: &str) -> Row {
+    let builder = Event::builder(topic(seq, key), "order.placed").id(seq).data(vec![b'x'; 2_000]);
     let builder = if key.is_empty() { builder } else { builder.key(key) };
     Row { seq: Seq(seq), event: Ok(builder.build().unwrap()) }
 }
@@ -59,6 +84,10 @@ fn refused() -> Outcome {
 
 fn away() -> Outcome {
     Err(BusError::new(ErrorKind::Unavailable, "away"))
+}
+
+fn unroutable() -> Outcome {
+    Err(BusError::new(ErrorKind::Unroutable, "no queue"))
 }
 
 const FAIL_STOP: OrderOnFailure = OrderOnFailure::FailStop;
@@ -192,9 +221,9 @@ fn an_unroutable_topic_waits_without_spending_attempts() {
     lanes.admit_page(page(&[(1, "a"), (2, "a"), (3, "b")]), now, 0.5);
     let batch = lanes.next_batch().unwrap();
     for index in 0..2 {
-        lanes.outcome(batch.id, index, Err(BusError::new(ErrorKind::Unroutable, "no queue")), now, 0.5);
+        lanes.outcome(batch.id, index, unroutable(), now, 0.5);
     }
-    lanes.admit_page(page(&[(4, "c")]), now, 0.5);
+    lanes.admit_page(page(&[(4, "e")]), now, 0.5);
     assert!(lanes.next_batch().is_none(), "the whole topic waits");
     assert_eq!(lanes.blocked().topics, ["orders"]);
     for _ in 0..10 {
@@ -203,7 +232,7 @@ fn an_unroutable_topic_waits_without_spending_attempts() {
         lanes.admit_read(&wanted, ReadRows { rows: vec![row(1, "a")], through: Seq(1) }, now, 0.5);
         let probe = lanes.next_batch().unwrap();
         assert_eq!(seqs(&probe), [1]);
-        lanes.outcome(probe.id, 0, Err(BusError::new(ErrorKind::Unroutable, "no queue")), now, 0.5);
+        lanes.outcome(probe.id, 0, unroutable(), now, 0.5);
     }
     now = lanes.next_due().unwrap();
     let wanted = lanes.reads(now);
@@ -212,7 +241,7 @@ fn an_unroutable_topic_waits_without_spending_attempts() {
     lanes.outcome(probe.id, 0, stored(), now, 0.5);
     let wanted = lanes.reads(now);
     assert_eq!(wanted.iter().map(|seq| seq.0).collect::<Vec<_>>(), [2, 3, 4]);
-    let rows = vec![row(2, "a"), row(3, "b"), row(4, "c")];
+    let rows = vec![row(2, "a"), row(3, "b"), row(4, "e")];
     lanes.admit_read(&wanted, ReadRows { rows, through: Seq(4) }, now, 0.5);
     assert_eq!(seqs(&lanes.next_batch().unwrap()), [2, 3, 4]);
     assert!(lanes.pending_set_aside().is_empty() && lanes.blocked() == Blocked::default());
@@ -230,10 +259,7 @@ fn what_is_not_for_this_sink_is_settled_unseen() {
 #[test]
 fn an_invalid_row_is_set_aside_with_its_key() {
     let (mut lanes, now) = (open(FAIL_STOP, OnFailure::Park), Instant::now());
-    let key = (Topic::new("orders").unwrap(), Text::from("a"));
-    let error = bus_core::EventError::new("id", "must not be empty");
-    let invalid = Row { seq: Seq(1), event: Err(crate::InvalidRow { key: Some(key), error }) };
-    let rows = vec![invalid, row(2, "a"), row(3, "b")];
+    let rows = vec![invalid(1, "a"), row(2, "a"), row(3, "b")];
     lanes.admit_page(Page { rows, gaps_are_dead: true }, now, 0.5);
     assert_eq!(seqs(&lanes.next_batch().unwrap()), [3]);
     let reasons: Vec<_> = lanes.pending_set_aside().iter().map(|aside| aside.reason).collect();
@@ -255,6 +281,96 @@ fn a_held_row_that_somebody_removed_is_passed_over() {
     let wanted = lanes.reads(now);
     lanes.admit_read(&wanted, ReadRows { rows: vec![row(2, "a")], through: Seq(2) }, now, 0.5);
     assert_eq!(seqs(&lanes.next_batch().unwrap()), [2]);
+}
+
+/// Catches the mutant that judges a row that cannot be published as soon as it is read: the next event of its key was
+/// handed over beside an earlier one.
+#[test]
+fn what_cannot_be_published_waits_for_its_turn() {
+    for bad in [invalid(2, "a"), too_large(2, "a")] {
+        for (on_failure, expected) in [(OnFailure::DeadLetter, vec![1, 3]), (OnFailure::Park, vec![1])] {
+            let (mut lanes, now) = (open(INDEPENDENT, on_failure), Instant::now());
+            lanes.admit_page(Page { rows: vec![row(1, "a"), bad.clone(), row(3, "a")], gaps_are_dead: true }, now, 0.5);
+            let mut published = vec![];
+            while let Some(batch) = lanes.next_batch() {
+                assert_eq!(batch.entries.len(), 1, "one of a key at a time");
+                published.extend(seqs(&batch));
+                lanes.outcome(batch.id, 0, stored(), now, 0.5);
+            }
+            assert_eq!(published, expected);
+        }
+    }
+}
+
+/// Catches the mutant by which such a row takes its key's hold away: the head that was under way was published and set
+/// aside, or handed over twice.
+#[test]
+fn what_cannot_be_published_leaves_the_held_head_alone() {
+    for order in [FAIL_STOP, INDEPENDENT] {
+        for on_failure in [OnFailure::Park, OnFailure::DeadLetter] {
+            let (mut lanes, mut now) = (open(order, on_failure), Instant::now());
+            lanes.admit_page(page(&[(1, "a")]), now, 0.5);
+            let batch = lanes.next_batch().unwrap();
+            lanes.outcome(batch.id, 0, refused(), now, 0.5);
+            if order == FAIL_STOP {
+                lanes.stopped(now, 0.5);
+                lanes.writer_opened();
+            }
+            lanes.admit_page(Page { rows: vec![invalid(2, "a")], gaps_are_dead: true }, now, 0.5);
+            assert!(lanes.reads(now).is_empty(), "the head's time has not come");
+            now = lanes.next_due().unwrap();
+            let wanted = lanes.reads(now);
+            lanes.admit_read(&wanted, ReadRows { rows: vec![row(1, "a")], through: Seq(1) }, now, 0.5);
+            let batch = lanes.next_batch().unwrap();
+            lanes.admit_page(Page { rows: vec![invalid(3, "a")], gaps_are_dead: true }, now, 0.5);
+            assert!(lanes.reads(now).is_empty() && lanes.next_batch().is_none(), "1 is under way, once");
+            lanes.outcome(batch.id, 0, stored(), now, 0.5);
+            while let wanted = lanes.reads(now)
+                && let Some(through) = wanted.last()
+            {
+                let rows = wanted.iter().map(|seq| invalid(seq.0, "a")).collect();
+                lanes.admit_read(&wanted, ReadRows { rows, through }, now, 0.5);
+            }
+            let aside: Vec<u64> = lanes.pending_set_aside().iter().map(|aside| aside.seq.0).collect();
+            assert_eq!(aside, [2, 3], "1 was published");
+        }
+    }
+}
+
+/// Catches the mutant that hands a held topic's head over beside the lane of its key.
+#[test]
+fn a_held_topics_head_follows_its_key() {
+    let (mut lanes, mut now) = (open(INDEPENDENT, OnFailure::Park), Instant::now());
+    lanes.admit_page(page(&[(1, "a"), (2, "a"), (4, "b")]), now, 0.5);
+    let batch = lanes.next_batch().unwrap();
+    assert_eq!(seqs(&batch), [1, 4]);
+    lanes.outcome(batch.id, 1, unroutable(), now, 0.5);
+    lanes.admit_probe(Probe { rows: vec![row(3, "a")], through: Seq(4), ..Probe::default() }, now, 0.5);
+    now = lanes.next_due().unwrap();
+    let wanted = lanes.reads(now);
+    lanes.admit_read(&wanted, ReadRows { rows: vec![row(3, "a")], through: Seq(3) }, now, 0.5);
+    assert!(lanes.next_batch().is_none(), "1 is under way, and 2 waits for it");
+    lanes.outcome(batch.id, 0, stored(), now, 0.5);
+    let batch = lanes.next_batch().unwrap();
+    assert_eq!(seqs(&batch), [2]);
+    lanes.outcome(batch.id, 0, stored(), now, 0.5);
+    assert_eq!(seqs(&lanes.next_batch().unwrap()), [3]);
+}
+
+/// Catches the mutant that forgets that a held topic's head is under way when another of its events fails.
+#[test]
+fn a_held_topics_head_is_under_way_once() {
+    let (mut lanes, mut now) = (open(INDEPENDENT, OnFailure::Park), Instant::now());
+    lanes.admit_page(page(&[(1, "a"), (2, "b")]), now, 0.5);
+    let first = lanes.next_batch().unwrap();
+    lanes.outcome(first.id, 0, unroutable(), now, 0.5);
+    now = lanes.next_due().unwrap();
+    let wanted = lanes.reads(now);
+    lanes.admit_read(&wanted, ReadRows { rows: vec![row(1, "a")], through: Seq(1) }, now, 0.5);
+    assert_eq!(seqs(&lanes.next_batch().unwrap()), [1]);
+    lanes.outcome(first.id, 1, unroutable(), now, 0.5);
+    now += Duration::from_secs(3_600);
+    assert!(lanes.reads(now).is_empty());
 }
 
 // ---- The simulation.
@@ -284,7 +400,12 @@ struct Broker {
     /// On a fail-stop bus, an error ends the writer.
     broken: bool,
     poison: BTreeSet<u64>,
-    unroutable: bool,
+    /// Rows that cannot be published at all: invalid, or too large.
+    unpublishable: BTreeSet<u64>,
+    /// Topics that have nowhere to go now.
+    unroutable: BTreeSet<&'static str>,
+    /// What may be stored again: its answer was lost, or the relay was killed.
+    may_repeat: BTreeSet<u64>,
 }
 
 struct Simulation {
@@ -294,6 +415,8 @@ struct Simulation {
     lanes: Lanes,
     on_failure: OnFailure,
     under_way: Vec<(Batch, usize)>,
+    /// What this relay was told is stored.
+    confirmed: BTreeSet<u64>,
     now: Instant,
     calm: bool,
     writers: usize,
@@ -301,7 +424,15 @@ struct Simulation {
 
 impl Simulation {
     fn new(seed: u64, order: OrderOnFailure, on_failure: OnFailure) -> Self {
-        let broker = Broker { order, stored: vec![], broken: false, poison: BTreeSet::new(), unroutable: false };
+        let broker = Broker {
+            order,
+            stored: vec![],
+            broken: false,
+            poison: BTreeSet::new(),
+            unpublishable: BTreeSet::new(),
+            unroutable: BTreeSet::new(),
+            may_repeat: BTreeSet::new(),
+        };
         let mut simulation = Self {
             random: fastrand::Rng::with_seed(seed),
             database: Database::default(),
@@ -309,6 +440,7 @@ impl Simulation {
             lanes: Lanes::new(config(order, on_failure), Cursor::default(), []),
             on_failure,
             under_way: vec![],
+            confirmed: BTreeSet::new(),
             now: Instant::now(),
             calm: false,
             writers: 0,
@@ -324,9 +456,11 @@ impl Simulation {
     /// Kills the relay, and starts another at the last checkpoint.
     fn restart(&mut self) {
         self.under_way.clear();
+        self.confirmed.clear();
+        self.broker.may_repeat.extend(&self.broker.stored);
         let parked = |(seq, _): (&u64, &DeadState)| {
             let key = &self.database.rows[seq].0;
-            (!key.is_empty()).then(|| ((Topic::new("orders").unwrap(), Text::from(key.as_str())), Seq(*seq)))
+            (!key.is_empty()).then(|| ((Topic::new(topic(*seq, key)).unwrap(), Text::from(key.as_str())), Seq(*seq)))
         };
         let states = self.database.aside.iter().filter(|(_, state)| **state == DeadState::Parked);
         let mut first = HashMap::new();
@@ -349,6 +483,8 @@ impl Simulation {
             self.database.rows.insert(seq, (key.to_owned(), Fate::Open));
             if self.chance(25) {
                 self.broker.poison.insert(seq);
+            } else if self.chance(25) {
+                self.broker.unpublishable.insert(seq);
             }
         } else if !open.is_empty() {
             let seq = open[self.random.usize(..open.len())];
@@ -359,7 +495,12 @@ impl Simulation {
 
     fn visible(&self, seq: u64) -> Option<Row> {
         let (key, fate) = self.database.rows.get(&seq)?;
-        (*fate == Fate::Committed).then(|| row(seq, key))
+        let made = || match (self.broker.unpublishable.contains(&seq), seq % 2) {
+            (false, _) => row(seq, key),
+            (true, 0) => invalid(seq, key),
+            (true, _) => too_large(seq, key),
+        };
+        (*fate == Fate::Committed).then(made)
     }
 
     /// Fetches a page, probes until all unseen places were looked at, and only then takes the page. Transactions go on
@@ -413,6 +554,7 @@ impl Simulation {
             && let Some(batch) = self.lanes.next_batch()
         {
             self.under_way.push((batch, 0));
+            self.check_under_way();
         }
         if !self.under_way.is_empty() {
             self.answer();
@@ -435,6 +577,19 @@ impl Simulation {
         }
     }
 
+    /// Nothing is under way twice, and of a key one event at a time where the bus keeps no order behind a failure.
+    fn check_under_way(&self) {
+        let (mut seqs, mut keys) = (BTreeSet::new(), BTreeSet::new());
+        for (batch, answered) in &self.under_way {
+            for (seq, _) in &batch.entries[*answered..] {
+                assert!(seqs.insert(seq.0), "{seq} is under way twice");
+                let key = &self.database.rows[&seq.0].0;
+                let alone = key.is_empty() || keys.insert(key);
+                assert!(self.broker.order == FAIL_STOP || alone, "two events of {key} are under way");
+            }
+        }
+    }
+
     /// The broker answers the next event of a batch: the oldest one where it keeps the order, else of any.
     fn answer(&mut self) {
         let which = if self.broker.order == FAIL_STOP { 0 } else { self.random.usize(..self.under_way.len()) };
@@ -445,6 +600,9 @@ impl Simulation {
             self.under_way.remove(which);
         }
         let outcome = self.store(seq);
+        if outcome.is_ok() {
+            self.confirmed.insert(seq);
+        }
         let random = self.random.f64();
         self.lanes.outcome(id, at, outcome, self.now, random);
     }
@@ -456,20 +614,52 @@ impl Simulation {
         }
         let outcome = if self.broker.poison.contains(&seq) {
             refused()
-        } else if !self.calm && self.broker.unroutable && !fail_stop {
-            Err(BusError::new(ErrorKind::Unroutable, "no queue"))
+        } else if !fail_stop && self.broker.unroutable.contains(topic(seq, &self.database.rows[&seq].0)) {
+            unroutable()
         } else if !self.calm && self.chance(30) {
             // The answer is lost; what it was about may be stored or not.
             if self.chance(2) {
-                self.broker.stored.push(seq);
+                self.put(seq);
+                self.broker.may_repeat.insert(seq);
             }
             Err(BusError::new(ErrorKind::Timeout, "no answer"))
         } else {
-            self.broker.stored.push(seq);
+            self.put(seq);
             stored()
         };
         self.broker.broken = outcome.is_err();
         outcome
+    }
+
+    fn put(&mut self, seq: u64) {
+        let first = !self.broker.stored.contains(&seq);
+        assert!(first || self.broker.may_repeat.contains(&seq), "{seq} is stored twice for no reason");
+        self.broker.stored.push(seq);
+    }
+
+    /// An operator mends what is wrong with a parked key, and has it published again.
+    fn retry(&mut self) {
+        let parked = |(seq, state): (&u64, &DeadState)| {
+            let key = &self.database.rows[seq].0;
+            (*state == DeadState::Parked && !key.is_empty()).then(|| key.clone())
+        };
+        let keys: Vec<String> = self.database.aside.iter().filter_map(parked).collect();
+        if keys.is_empty() || self.lanes.has_pending_set_aside() {
+            return;
+        }
+        let key = keys[self.random.usize(..keys.len())].clone();
+        let event_key = (Topic::new(topic(0, &key)).unwrap(), Text::from(key.as_str()));
+        if self.lanes.is_under_way(&event_key) {
+            return;
+        }
+        let mut seqs: Vec<u64> = self.database.aside.keys().copied().collect();
+        seqs.retain(|seq| self.database.rows[seq].0 == key);
+        for seq in &seqs {
+            self.broker.poison.remove(seq);
+            self.put(*seq);
+            self.database.aside.remove(seq);
+        }
+        self.lanes.unpark(&event_key);
     }
 
     /// Commits the cursor and what is set aside, and checks that what it calls settled is.
@@ -477,6 +667,7 @@ impl Simulation {
         let count = self.lanes.pending_set_aside().len();
         let (low, high, holes) = self.lanes.checkpoint(count);
         for aside in self.lanes.pending_set_aside() {
+            assert!(!self.confirmed.contains(&aside.seq.0), "{} was stored and is set aside", aside.seq);
             self.database.aside.insert(aside.seq.0, aside.state);
         }
         self.lanes.set_aside_committed(count);
@@ -495,7 +686,13 @@ impl Simulation {
                 self.calm = true;
             }
             self.business();
-            self.broker.unroutable = !self.calm && (step / 40) % 3 == 1;
+            if self.calm || self.chance(15) {
+                let topics = ["orders", "billing"].into_iter();
+                self.broker.unroutable = topics.filter(|_| !self.calm && self.random.bool()).collect();
+            }
+            if self.chance(20) {
+                self.retry();
+            }
             self.turn();
             if !self.calm && self.chance(60) {
                 self.restart();
@@ -528,6 +725,10 @@ impl Simulation {
                 let before = highest.insert(key, *seq).unwrap_or(0);
                 assert!(before < *seq, "{seq} of {key} first came behind {before}");
             }
+        }
+        for (key, newest) in &highest {
+            let last = self.broker.stored.iter().rev().find(|seq| self.database.rows[*seq].0 == **key);
+            assert_eq!(last, Some(newest), "the last record of {key} is not its newest");
         }
         let parked = self.database.aside.iter().filter(|(_, state)| **state == DeadState::Parked).map(|(seq, _)| *seq);
         let parked: Vec<u64> = parked.collect();

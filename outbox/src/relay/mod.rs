@@ -259,6 +259,10 @@ impl Relay {
     /// # Errors
     ///
     /// What waiting will not mend. An outage is no error.
+    ///
+    /// # Cancel safety
+    ///
+    /// A dropped call loses nothing: another turn goes on where it was.
     pub async fn turn(&mut self) -> Result<Progress, RelayError> {
         if self.session.is_none()
             && let Some(standby) = self.acquire().await?
@@ -310,6 +314,9 @@ impl Relay {
         if let Some(mut session) = self.session.take() {
             session.drain().await;
             self.done.add(session.summary());
+            if until == Until::CaughtUp && ended.is_ok() {
+                session.prune_once().await;
+            }
         }
         ended.map(|()| self.done)
     }
@@ -333,7 +340,6 @@ impl Relay {
                 Progress::Idle => {
                     let Some(session) = &mut self.session else { continue };
                     if target.is_some_and(|target| session.has_caught_up(target)) {
-                        session.prune_once().await;
                         return Ok(());
                     }
                     session.wait().await;

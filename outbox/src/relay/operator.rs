@@ -18,6 +18,8 @@ use crate::{
 
 /// Rows removed in one transaction.
 const DISCARD_MAX: usize = 500;
+/// How long a parked key waits for its own earlier events before it is looked at again.
+const UNDER_WAY_PAUSE: Duration = Duration::from_millis(20);
 
 /// Carries out requests, one after the other.
 #[derive(Debug)]
@@ -143,7 +145,7 @@ impl Operator {
         };
         match job.request.kind {
             RequestKind::Discard => self.discard(log).await?,
-            RequestKind::Retry => self.read_retry(log, lanes).await?,
+            RequestKind::Retry => self.read_retry(log, lanes, now).await?,
         }
         Ok(true)
     }
@@ -159,13 +161,17 @@ impl Operator {
         Ok(())
     }
 
-    async fn read_retry(&mut self, log: &dyn LogSource, lanes: &mut Lanes) -> Result<(), LogError> {
+    async fn read_retry(&mut self, log: &dyn LogSource, lanes: &mut Lanes, now: Instant) -> Result<(), LogError> {
         let chunk_max = self.chunk_max;
         let Some(job) = self.waiting.front_mut() else { return Ok(()) };
         let chunk_max = job.request.rate.map_or(chunk_max, |rate| chunk_max.min(rate.max(1) as usize));
         if let Some(key) = job.draining.clone() {
+            if lanes.is_under_way(&key) {
+                // Earlier events of the key come first.
+                job.not_before = Some(now + UNDER_WAY_PAUSE);
+                return Ok(());
+            }
             let rows = log.set_aside(&of_key(&key), Seq::ZERO, chunk_max).await?;
-            let rows: Vec<DeadRow> = rows.into_iter().filter(|row| row.parked).collect();
             if !rows.is_empty() {
                 return self.prepare(rows);
             }
@@ -336,7 +342,8 @@ impl Operator {
         for request in change.requests.iter().filter(|request| request.ended) {
             tracing::info!(request = request.id, done = request.done, failed = request.failed, "a request is done");
         }
-        if matches!(self.step, Step::Commit) {
+        // A write that was under way before says nothing of what is still to be taken.
+        if matches!(self.step, Step::Commit) && self.change.is_empty() {
             self.step = Step::Read;
         }
     }
@@ -360,7 +367,7 @@ impl Operator {
         self.emptied.dedup();
         while let Some(key) = self.emptied.last() {
             let rows = log.set_aside(&of_key(key), Seq::ZERO, 1).await?;
-            if !rows.iter().any(|row| row.parked) {
+            if rows.is_empty() {
                 lanes.unpark(key);
             }
             self.emptied.pop();
@@ -389,6 +396,7 @@ fn parked_key(row: &DeadRow) -> Option<EventKey> {
     Some((Topic::new(row.columns.topic.as_str()).ok()?, Text::from(key.as_str())))
 }
 
+/// What waits of a key. What was given up alone is not part of it.
 fn of_key(key: &EventKey) -> Selected {
-    Selected { key: Some((key.0.to_string(), key.1.to_string())), ..Selected::default() }
+    Selected { key: Some((key.0.to_string(), key.1.to_string())), parked: true, ..Selected::default() }
 }

@@ -57,8 +57,6 @@ pub(super) struct Session {
     operator: Operator,
     lease: Lease,
     clock: LeaseClock,
-    /// Everything up to here was settled when this owner came.
-    low_at_start: Seq,
     log_name: Text,
     writer_id: WriterId,
     /// Where the last writer stood, also while there is none.
@@ -69,6 +67,10 @@ pub(super) struct Session {
     confirmations: Vec<(u64, Confirmations)>,
     fetching: Running<Result<Page, LogError>>,
     fetch_wanted: bool,
+    /// A page that was fetched, and up to where the unseen places were probed since.
+    fetched: Option<(Page, Seq)>,
+    /// Held places that are being read.
+    reading: Option<SeqSet>,
     /// The last page was empty: everything that was visible then was read.
     at_end: bool,
     storing: Running<Result<(), LogError>>,
@@ -127,7 +129,6 @@ impl Session {
             lanes: Lanes::new(lanes, Cursor::restore(owned.low, owned.high, &owned.holes), owned.parked),
             operator: Operator::new(retry_chunk(capabilities), capabilities.event_bytes_max),
             clock: LeaseClock::new(owned.lease.ttl, sent),
-            low_at_start: owned.low,
             log_name: owned.log_id.to_string().into(),
             writer_id: WriterId {
                 log: owned.log_id,
@@ -144,6 +145,8 @@ impl Session {
             confirmations: Vec::new(),
             fetching: Running::nothing(),
             fetch_wanted: true,
+            fetched: None,
+            reading: None,
             at_end: false,
             storing: Running::nothing(),
             store: None,
@@ -328,7 +331,9 @@ impl Session {
 
     /// What the broker remembers must be what stands in the log; otherwise it is of another history.
     async fn writer_opened(&mut self, writer: Box<dyn LogWriter>) -> Result<(), End> {
-        for (seq, id) in writer.high_marks().into_iter().filter(|(seq, _)| *seq > self.low_at_start) {
+        // What is settled may have been removed since.
+        let low = self.lanes.low();
+        for (seq, id) in writer.high_marks().into_iter().filter(|(seq, _)| *seq > low) {
             let place: SeqSet = [seq].into_iter().collect();
             let read = match self.log.read(&place, PageLimit { events: 1, bytes: 1 }).await {
                 Ok(read) => read,
@@ -387,17 +392,25 @@ impl Session {
             self.log_answered(requests)?.into_iter().for_each(|requests| self.operator.asked(requests));
         }
         let mut worked = self.take_page().await?;
+        if let Some(wanted) = self.reading.take() {
+            // A turn that was dropped never took what it read.
+            self.lanes.read_failed(&wanted, now());
+        }
         let wanted = self.lanes.reads(now());
         if !wanted.is_empty() {
             worked = true;
-            self.read_held(&wanted).await?;
+            self.read_held(wanted).await?;
         }
         self.fetch_ahead();
         Ok(worked)
     }
 
     fn fetch_ahead(&mut self) {
-        let Some(room) = self.lanes.room().filter(|_| self.fetch_wanted && !self.fetching.is_busy()) else { return };
+        let Some(room) =
+            self.lanes.room().filter(|_| self.fetch_wanted && !self.fetching.is_busy() && self.fetched.is_none())
+        else {
+            return;
+        };
         let limit = PageLimit {
             events: room.events.min(self.config.window_events.div_ceil(PAGES_PER_WINDOW)),
             bytes: room.bytes.min(self.config.window_bytes.div_ceil(PAGES_PER_WINDOW)),
@@ -411,50 +424,56 @@ impl Session {
         });
     }
 
+    /// Takes the page that was fetched, once every unseen place was probed since: otherwise an event of the page could
+    /// overtake an earlier one of its key.
     async fn take_page(&mut self) -> Result<bool, End> {
-        let Some(fetched) = self.fetching.take() else { return Ok(false) };
-        let Some(page) = self.log_answered(fetched)? else {
-            self.fetch_wanted = true;
-            return Ok(true);
-        };
-        if !self.probe().await? {
-            // Without the probe, an event of the page could overtake an earlier one of its key.
-            self.fetch_wanted = true;
-            return Ok(true);
+        if let Some(fetched) = self.fetching.take() {
+            match self.log_answered(fetched)? {
+                Some(page) => self.fetched = Some((page, Seq::ZERO)),
+                None => self.fetch_wanted = true,
+            }
         }
-        let (worked, random) = (!page.rows.is_empty(), fastrand::f64());
+        let probed = self.probe().await?;
+        let Some((page, _)) = self.fetched.take_if(|(_, through)| Some(*through) >= self.lanes.unseen().last()) else {
+            return Ok(probed);
+        };
+        let worked = !page.rows.is_empty();
         // A page that is not empty is followed at once; an empty one by the next nudge or poll.
         self.fetch_wanted |= worked;
         self.at_end = !worked;
-        self.lanes.admit_page(page, now(), random);
-        Ok(worked)
+        self.lanes.admit_page(page, now(), fastrand::f64());
+        Ok(worked || probed)
     }
 
-    /// Looks at all places that were not visible before; false if that failed.
+    /// Looks at the places that were not visible when the page was fetched, as far as there is room for what they bring;
+    /// answers whether that was anything.
     async fn probe(&mut self) -> Result<bool, End> {
-        while let Some(last) = self.lanes.unseen().last() {
-            let limit = PageLimit { events: self.config.window_events, bytes: self.config.window_bytes };
-            let probed = self.log.probe(self.lanes.unseen(), limit).await;
-            let Some(mut probe) = self.log_answered(probed)? else { return Ok(false) };
-            stamp(&mut probe.rows, &self.log_name);
-            let through = probe.through;
-            self.lanes.admit_probe(probe, now(), fastrand::f64());
-            if through >= last {
-                break;
-            }
+        let Some(room) = self.lanes.room() else { return Ok(false) };
+        let Some((_, through)) = &self.fetched else { return Ok(false) };
+        let unseen = self.lanes.unseen().within(through.next(), Seq(u64::MAX));
+        if unseen.is_empty() {
+            return Ok(false);
         }
+        let probed = self.log.probe(&unseen, room).await;
+        let Some(mut probe) = self.log_answered(probed)? else { return Ok(true) };
+        stamp(&mut probe.rows, &self.log_name);
+        if let Some((_, through)) = &mut self.fetched {
+            *through = probe.through;
+        }
+        self.lanes.admit_probe(probe, now(), fastrand::f64());
         Ok(true)
     }
 
-    async fn read_held(&mut self, wanted: &SeqSet) -> Result<(), End> {
+    async fn read_held(&mut self, wanted: SeqSet) -> Result<(), End> {
         let limit = PageLimit { events: self.config.window_events, bytes: self.config.window_bytes };
-        let read = self.log.read(wanted, limit).await;
+        let read = self.log.read(self.reading.insert(wanted), limit).await;
+        let Some(wanted) = self.reading.take() else { return Ok(()) };
         match self.log_answered(read)? {
             Some(mut read) => {
                 stamp(&mut read.rows, &self.log_name);
-                self.lanes.admit_read(wanted, read, now(), fastrand::f64());
+                self.lanes.admit_read(&wanted, read, now(), fastrand::f64());
             }
-            None => self.lanes.read_failed(wanted, now()),
+            None => self.lanes.read_failed(&wanted, now()),
         }
         Ok(())
     }

@@ -6,14 +6,11 @@ use async_trait::async_trait;
 use bus_core::{Seq, SeqSet, Timestamp};
 use sqlx::{AssertSqlSafe, Connection, Row as _, SqliteConnection, sqlite::SqliteRow};
 
-use super::{
-    SqliteLog, database_now, log_error,
-    owner::{LOG, parse},
-    rows::{COLUMNS, Decoder},
-};
+use super::{SqliteLog, database_now, log_error, rows::COLUMNS};
 use crate::{
     Blocked, DeadColumns, DeadRow, DeadState, InvalidRow, LogAdmin, LogError, LogErrorKind, Request, RequestKind,
     RequestProgress, Selected, Sink, SinkStatus,
+    rows::{Decoder, LOG, parse},
 };
 
 /// Beyond this many events a backlog is not counted to the end.
@@ -22,7 +19,8 @@ const COUNT_MAX: i64 = 100_000;
 const DEAD_ROWS: &str = "SELECT {columns}, state, parked, reason, error, attempts, at, sink FROM {p}dead_letter \
      WHERE log = ?1 AND (?2 IS NULL OR sink > ?2 OR (sink = ?2 AND seq > ?3)) \
      AND (?4 IS NULL OR id IN (SELECT value FROM json_each(?4))) AND (?5 IS NULL OR reason = ?5) \
-     AND (?6 IS NULL OR (topic = ?6 AND key = ?7)) AND (?8 IS NULL OR seq <= ?8) ORDER BY sink, seq LIMIT ?9";
+     AND (?6 IS NULL OR (topic = ?6 AND key = ?7)) AND (?8 IS NULL OR seq <= ?8) AND (?9 = 0 OR parked = 1) \
+     ORDER BY sink, seq LIMIT ?10";
 const MARK_RETRYING: &str = "UPDATE {p}dead_letter SET state = 'retrying' WHERE log = ?1 AND sink = ?2 \
      AND (?3 IS NULL OR id IN (SELECT value FROM json_each(?3))) AND (?4 IS NULL OR reason = ?4)";
 const DISCARD: &str = "DELETE FROM {p}dead_letter WHERE log = ?1 AND sink = ?2 \
@@ -35,7 +33,10 @@ const SINKS: &str = "SELECT sink, topics, bus, low, high, holes, owner, lease_un
 const LEASE: &str = "SELECT lease_until FROM {p}cursor WHERE log = ? AND sink = ?";
 /// Fences an owner whose lease is over, so that it cannot bring back what is discarded here.
 const FENCE: &str = "UPDATE {p}cursor SET epoch = epoch + 1, owner = NULL, lease_until = 0 WHERE log = ? AND sink = ?";
-const REMOVE_SINK: [&str; 3] = [
+const REMOVE_SINK: [&str; 4] = [
+    // A sink that comes back under this name begins above the epochs there were: an owner that slept wakes up fenced.
+    "UPDATE {p}log SET epoch_floor = max(epoch_floor, \
+     coalesce((SELECT epoch FROM {p}cursor WHERE log = ?1 AND sink = ?2), 0)) WHERE name = ?1",
     "DELETE FROM {p}cursor WHERE log = ? AND sink = ?",
     "DELETE FROM {p}dead_letter WHERE log = ? AND sink = ?",
     "DELETE FROM {p}request WHERE log = ? AND sink = ?",
@@ -44,8 +45,8 @@ const SET_ASIDE_COUNTS: &str = "SELECT coalesce(sum(parked), 0), coalesce(sum(1 
      WHERE log = ? AND sink = ?";
 /// The rows of a sink above its cursor, counted up to a limit.
 const BACKLOG: &str = "SELECT count(*) FROM (SELECT 1 FROM {p}outbox WHERE seq > ?1 AND ({topics}) LIMIT ?2)";
-const OLDEST: &str = "SELECT time FROM {p}outbox WHERE seq > ?1 AND ({topics}) ORDER BY seq LIMIT ?2";
-const TIME_AT: &str = "SELECT time FROM {p}outbox WHERE seq >= ? AND seq <= ? ORDER BY seq LIMIT 1";
+const OLDEST: &str = "SELECT CASE typeof(time) WHEN 'integer' THEN time END FROM {p}outbox WHERE seq > ?1 AND ({topics}) ORDER BY seq LIMIT ?2";
+const TIME_AT: &str = "SELECT CASE typeof(time) WHEN 'integer' THEN time END FROM {p}outbox WHERE seq >= ? AND seq <= ? ORDER BY seq LIMIT 1";
 
 /// A sink's row, as it stands.
 struct SinkRow {
@@ -138,6 +139,7 @@ impl SqliteLog {
             .bind(selected.key.as_ref().map(|(topic, _)| topic))
             .bind(selected.key.as_ref().map(|(_, key)| key))
             .bind(selected.to.map(|seq| seq.0 as i64))
+            .bind(selected.parked)
             .bind(i64::try_from(limit).unwrap_or(i64::MAX));
         let rows = query.fetch_all(connection).await.map_err(log_error)?;
         let mut decoder = Decoder::default();
@@ -309,16 +311,17 @@ impl SqliteLog {
         limit: i64,
     ) -> Result<Option<i64>, LogError> {
         let sql = self.tables.expand(&template.replace("{topics}", &topics.condition(3)));
-        let mut query = sqlx::query_scalar(AssertSqlSafe(sql)).bind(after.0 as i64).bind(limit);
+        let mut query = sqlx::query_scalar::<_, Option<i64>>(AssertSqlSafe(sql)).bind(after.0 as i64).bind(limit);
         for pattern in topics.patterns() {
             query = query.bind(pattern);
         }
-        query.fetch_optional(connection).await.map_err(log_error)
+        Ok(query.fetch_optional(connection).await.map_err(log_error)?.flatten())
     }
 
     async fn time_at(&self, connection: &mut SqliteConnection, first: Seq, last: Seq) -> Result<Option<i64>, LogError> {
-        let query = sqlx::query_scalar(self.tables.sql(TIME_AT)).bind(first.0 as i64).bind(last.0 as i64);
-        query.fetch_optional(connection).await.map_err(log_error)
+        let query = sqlx::query_scalar::<_, Option<i64>>(self.tables.sql(TIME_AT));
+        let query = query.bind(first.0 as i64).bind(last.0 as i64);
+        Ok(query.fetch_optional(connection).await.map_err(log_error)?.flatten())
     }
 }
 

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use sqlx::{AssertSqlSafe, Row as _, Sqlite, SqliteConnection, SqlitePool, Transaction};
 
-use super::{SqliteLog, log_error, migrate, rows::extensions_json};
+use super::{SqliteLog, log_error, migrate};
 use crate::{
     AppendError, AppendErrorReason, Insert, LogError, LogSource, Outbox, OutboxConfig, OutboxTx, append::Pool,
+    rows::extensions_json,
 };
 
 /// Rows of one statement: SQLite allows 32,766 parameters, and long statements are slow to prepare.

@@ -2,38 +2,38 @@
 
 use std::time::Duration;
 
-use bus_core::{LogId, Seq, Text};
+use bus_core::{LogId, Position, Seq, SeqSet, Text};
 use sqlx::{AssertSqlSafe, Connection, Row as _, Sqlite, SqliteConnection, Transaction, sqlite::SqliteRow};
 use uuid::Uuid;
 
 use super::{Tables, admin::Topics, database_now, log_error, micros};
 use crate::{
     Acquire, Acquisition, Change, DeadState, EventKey, Lease, LogError, LogErrorKind, Owned, Pruned, SetAside, Start,
-    TopicPattern, cursor::HOLE_RANGES_MAX,
+    TopicPattern,
+    cursor::HOLE_RANGES_MAX,
+    marks::{JANITOR_TTL, Marks},
+    rows::{LOG, damaged, fenced, json, parse, signed},
 };
 
-/// The log's name; the event store's own table follows later.
-pub(super) const LOG: &str = "outbox";
-/// How long one janitor keeps others away.
-const JANITOR_TTL: Duration = Duration::from_secs(60);
-/// Marks of what was settled when, kept per retention time.
-const MARKS_PER_RETENTION: u32 = 16;
-
-const LOG_ID: &str = "SELECT log_id FROM {p}log WHERE name = ?";
-const CURSOR_ROW: &str = "SELECT low, high, high_id, holes, sink_pos, epoch, owner, lease_until, incarnation, bus \
+const LOG_ROW: &str = "SELECT log_id, epoch_floor FROM {p}log WHERE name = ?";
+const CURSOR_ROW: &str = "SELECT low, high, high_id, holes, sink_pos, epoch, owner, lease_until, incarnation, bus, topics \
      FROM {p}cursor WHERE log = ? AND sink = ?";
 const SEQUENCE: &str = "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = '{p}outbox'), 0)";
 const LOWEST: &str = "SELECT coalesce(min(low), 0) FROM {p}cursor WHERE log = ?";
 const ID_AT: &str = "SELECT id FROM {p}outbox WHERE seq = ?";
-const REGISTER: &str = "INSERT INTO {p}cursor (log, sink, low, high, incarnation) VALUES (?, ?, ?, ?, ?)";
+const REGISTER: &str = "INSERT INTO {p}cursor (log, sink, low, high, topics, incarnation) VALUES (?, ?, ?, ?, ?, ?)";
 const TAKE: &str = "UPDATE {p}cursor SET epoch = ?, owner = ?, lease_until = ?, incarnation = ?, low = ?, high = ?, \
-     topics = ?, bus = ? WHERE log = ? AND sink = ?";
+     high_id = ?, holes = ?, topics = ?, bus = ? WHERE log = ? AND sink = ?";
+/// Rows that no sink wanted so far, and this one wants now.
+const UNCLAIMED: &str =
+    "SELECT seq FROM {p}outbox WHERE seq <= ?1 AND ({wanted}) AND ({unwanted}) ORDER BY seq LIMIT ?2";
 const PARKED: &str = "SELECT topic, key, min(seq) FROM {p}dead_letter \
      WHERE log = ? AND sink = ? AND parked = 1 AND key IS NOT NULL GROUP BY topic, key";
 /// Only the current epoch moves the cursor: a row that is not updated means that another owner came.
-const CHECKPOINT: &str = "UPDATE {p}cursor SET low = ?, high = ?, high_id = coalesce(?, high_id), holes = ?, sink_pos = ?, \
-     blocked = ?, lease_until = CAST(unixepoch('now', 'subsec') * 1000000 AS INTEGER) + ? \
-     WHERE log = ? AND sink = ? AND epoch = ?";
+const CHECKPOINT: &str = "UPDATE {p}cursor SET low = ?1, \
+     high_id = CASE WHEN high = ?2 THEN coalesce(?3, high_id) ELSE ?3 END, high = ?2, holes = ?4, sink_pos = ?5, \
+     blocked = ?6, lease_until = CAST(unixepoch('now', 'subsec') * 1000000 AS INTEGER) + ?7 \
+     WHERE log = ?8 AND sink = ?9 AND epoch = ?10";
 const RELEASE: &str = "UPDATE {p}cursor SET lease_until = 0, owner = NULL WHERE log = ? AND sink = ? AND epoch = ?";
 const SET_ASIDE: &str = "INSERT OR REPLACE INTO {p}dead_letter (log, sink, seq, state, parked, reason, error, attempts, at, \
      id, topic, key, type, source, subject, content_type, extensions, time, data) \
@@ -63,13 +63,17 @@ pub(super) struct Owner<'a> {
     pub(super) connection: &'a mut SqliteConnection,
 }
 
+/// Rows looked through for those that a sink wants now; behind them, all are taken for such.
+const UNCLAIMED_MAX: usize = 100_000;
+
 /// A cursor's row.
 struct Cursor {
     low: Seq,
     high: Seq,
     high_id: Option<String>,
-    holes: String,
-    position: Option<String>,
+    holes: SeqSet,
+    position: Option<Position>,
+    topics: Vec<String>,
     epoch: u64,
     owner: Option<String>,
     lease_until: i64,
@@ -89,7 +93,7 @@ impl Owner<'_> {
         let (tables, sink) = (self.tables, self.sink);
         let mut transaction = self.begin(true).await?;
         let now = database_now(&mut transaction).await?;
-        let log_id = log_id(&mut transaction, tables).await?;
+        let (log_id, epoch_floor) = log_row(&mut transaction, tables).await?;
         let found = cursor_row(&mut transaction, tables, sink).await?;
         if let Some(cursor) = &found
             && let Some(owner) = cursor.owner.clone().filter(|_| cursor.lease_until > now)
@@ -97,15 +101,19 @@ impl Owner<'_> {
             let remaining = Duration::from_micros((cursor.lease_until - now).unsigned_abs());
             return Ok(Acquisition::Standby { owner, remaining });
         }
+        let topics: Vec<String> = request.topics.iter().map(TopicPattern::to_string).collect();
         let mut cursor = match found {
             Some(cursor) => cursor,
-            None => register(&mut transaction, tables, sink, request.start).await?,
+            None => register(&mut transaction, tables, sink, request.start, &topics, epoch_floor).await?,
         };
         if request.new_incarnation | check_history(&mut transaction, tables, &mut cursor).await? {
             cursor.incarnation = Uuid::now_v7().to_string();
         }
+        if cursor.topics != topics {
+            // What was nothing to this sink, and to any other, is a hole now.
+            cursor.open(unclaimed(&mut transaction, tables, &topics, cursor.high).await?);
+        }
         let epoch = (cursor.epoch + 1).max(request.epoch_min);
-        let topics: Vec<&str> = request.topics.iter().map(TopicPattern::as_str).collect();
         let take = sqlx::query(tables.sql(TAKE))
             .bind(signed(epoch))
             .bind(&request.owner)
@@ -113,6 +121,8 @@ impl Owner<'_> {
             .bind(&cursor.incarnation)
             .bind(signed(cursor.low.0))
             .bind(signed(cursor.high.0))
+            .bind(&cursor.high_id)
+            .bind(json(&cursor.holes.joined(HOLE_RANGES_MAX)))
             .bind(json(&topics))
             .bind(&request.bus)
             .bind(LOG)
@@ -126,8 +136,8 @@ impl Owner<'_> {
             incarnation: cursor.incarnation.into(),
             low: cursor.low,
             high: cursor.high,
-            holes: parse(&cursor.holes, "holes")?,
-            position: cursor.position.as_deref().map(|text| parse(text, "sink_pos")).transpose()?,
+            holes: cursor.holes,
+            position: cursor.position,
             parked,
             previous_bus: cursor.bus.filter(|bus| *bus != request.bus),
         })))
@@ -204,7 +214,7 @@ impl Owner<'_> {
         let settled = sinks.iter().map(|row| row.get::<i64, _>(0)).min().unwrap_or(0);
         let marks: String =
             sqlx::query_scalar(tables.sql(MARKS)).bind(LOG).fetch_one(&mut *transaction).await.map_err(log_error)?;
-        let (marks, removable) = Marks::read(&marks)?.advance(now, settled, micros(retention));
+        let (marks, removable) = Marks(parse(&marks, "settled_marks")?).advance(now, settled, micros(retention));
         let set = sqlx::query(tables.sql(SET_MARKS)).bind(json(&marks.0)).bind(LOG);
         set.execute(&mut *transaction).await.map_err(log_error)?;
         let rows = match removable {
@@ -216,32 +226,6 @@ impl Owner<'_> {
     }
 }
 
-/// When every sink had settled how much: microseconds and place, ascending. Pure.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Marks(Vec<(i64, i64)>);
-
-impl Marks {
-    fn read(json: &str) -> Result<Self, LogError> {
-        parse(json, "settled_marks").map(Self)
-    }
-
-    /// Notes that everything up to `settled` is settled now; answers the marks to keep, and up to where all was settled
-    /// at least `retention` ago.
-    fn advance(mut self, now: i64, settled: i64, retention: i64) -> (Self, Option<i64>) {
-        let step = retention / i64::from(MARKS_PER_RETENTION);
-        let (last_at, last_settled) = self.0.last().copied().unwrap_or((i64::MIN, 0));
-        // A clock that was set back would hide all marks behind the future.
-        self.0.retain(|(at, _)| *at <= now);
-        if settled > last_settled && (self.0.is_empty() || now.saturating_sub(last_at) >= step) {
-            self.0.push((now, settled));
-        }
-        let old = self.0.iter().rposition(|(at, _)| now.saturating_sub(*at) >= retention);
-        let removable = old.map(|at| self.0[at].1);
-        self.0.drain(..old.unwrap_or(0));
-        (self, removable)
-    }
-}
-
 async fn prune_to(
     transaction: &mut Transaction<'_, Sqlite>,
     tables: &Tables,
@@ -250,10 +234,7 @@ async fn prune_to(
     rows_max: usize,
 ) -> Result<u64, LogError> {
     // A row whose topic no sink wants stays: nobody has taken it.
-    let mut patterns: Vec<String> = Vec::new();
-    for sink in sinks {
-        patterns.extend(parse::<Vec<String>>(&sink.get::<String, _>(1), "topics")?);
-    }
+    let patterns = wanted_topics(sinks)?;
     let wanted = if patterns.iter().any(|pattern| pattern == "*") { Topics::All } else { Topics::Any(patterns) };
     let sql = tables.expand(&PRUNE.replace("{topics}", &wanted.condition(3)));
     let mut delete = sqlx::query(AssertSqlSafe(sql)).bind(upto).bind(i64::try_from(rows_max).unwrap_or(i64::MAX));
@@ -263,11 +244,12 @@ async fn prune_to(
     Ok(delete.execute(&mut **transaction).await.map_err(log_error)?.rows_affected())
 }
 
-async fn log_id(transaction: &mut Transaction<'_, Sqlite>, tables: &Tables) -> Result<LogId, LogError> {
-    let query = sqlx::query_scalar::<_, String>(tables.sql(LOG_ID)).bind(LOG);
-    let id = query.fetch_optional(&mut **transaction).await.map_err(log_error)?;
+async fn log_row(transaction: &mut Transaction<'_, Sqlite>, tables: &Tables) -> Result<(LogId, u64), LogError> {
+    let row = sqlx::query(tables.sql(LOG_ROW)).bind(LOG).fetch_optional(&mut **transaction).await.map_err(log_error)?;
     let missing = || LogError::new(LogErrorKind::Schema, "the log is not registered: run `outbus migrate`");
-    id.ok_or_else(missing)?.parse().map_err(|error| damaged("log_id", error))
+    let row = row.ok_or_else(missing)?;
+    let log_id = row.get::<String, _>(0).parse().map_err(|error| damaged("log_id", error))?;
+    Ok((log_id, row.get::<i64, _>(1).unsigned_abs()))
 }
 
 async fn cursor_row(
@@ -276,49 +258,101 @@ async fn cursor_row(
     sink: &str,
 ) -> Result<Option<Cursor>, LogError> {
     let query = sqlx::query(tables.sql(CURSOR_ROW)).bind(LOG).bind(sink);
-    let row = query.fetch_optional(&mut **transaction).await.map_err(log_error)?;
-    Ok(row.map(|row| Cursor {
+    let Some(row) = query.fetch_optional(&mut **transaction).await.map_err(log_error)? else { return Ok(None) };
+    Ok(Some(Cursor {
         low: Seq(row.get::<i64, _>(0).unsigned_abs()),
         high: Seq(row.get::<i64, _>(1).unsigned_abs()),
         high_id: row.get(2),
-        holes: row.get(3),
-        position: row.get(4),
+        holes: parse(&row.get::<String, _>(3), "holes")?,
+        position: row.get::<Option<String>, _>(4).map(|text| parse(&text, "sink_pos")).transpose()?,
         epoch: row.get::<i64, _>(5).unsigned_abs(),
         owner: row.get(6),
         lease_until: row.get(7),
         incarnation: row.get(8),
         bus: row.get(9),
+        topics: parse(&row.get::<String, _>(10), "topics")?,
     }))
 }
 
-/// Registers a sink: at what no other sink has settled yet, or at the end.
+impl Cursor {
+    /// These places are not settled after all.
+    fn open(&mut self, places: SeqSet) {
+        if let Some(first) = places.first().filter(|first| *first <= self.low) {
+            self.low = first.previous();
+        }
+        self.holes.insert_all(&places);
+    }
+}
+
+/// Registers a sink: at what no other sink has settled or wanted yet, or at the end.
 async fn register(
     transaction: &mut Transaction<'_, Sqlite>,
     tables: &Tables,
     sink: &str,
     start: Start,
+    topics: &[String],
+    epoch: u64,
 ) -> Result<Cursor, LogError> {
     let first: i64 = match start {
         Start::Earliest => sqlx::query_scalar(tables.sql(LOWEST)).bind(LOG).fetch_one(&mut **transaction).await,
         Start::Latest => sqlx::query_scalar(tables.sql(SEQUENCE)).fetch_one(&mut **transaction).await,
     }
     .map_err(log_error)?;
+    let mut first = Seq(first.unsigned_abs());
+    if start == Start::Earliest
+        && let Some(unclaimed) = unclaimed(transaction, tables, topics, first).await?.first()
+    {
+        first = unclaimed.previous();
+    }
     let incarnation = Uuid::now_v7().to_string();
-    let register = sqlx::query(tables.sql(REGISTER)).bind(LOG).bind(sink).bind(first).bind(first).bind(&incarnation);
-    register.execute(&mut **transaction).await.map_err(log_error)?;
-    let first = Seq(first.unsigned_abs());
+    let register = sqlx::query(tables.sql(REGISTER)).bind(LOG).bind(sink).bind(signed(first.0)).bind(signed(first.0));
+    register.bind(json(&topics)).bind(&incarnation).execute(&mut **transaction).await.map_err(log_error)?;
     Ok(Cursor {
         low: first,
         high: first,
         high_id: None,
-        holes: "[]".to_owned(),
+        holes: SeqSet::new(),
         position: None,
-        epoch: 0,
+        topics: topics.to_vec(),
+        epoch,
         owner: None,
         lease_until: 0,
         incarnation,
         bus: None,
     })
+}
+
+/// The rows up to `high` with one of these topics that no sink wanted so far.
+async fn unclaimed(
+    transaction: &mut Transaction<'_, Sqlite>,
+    tables: &Tables,
+    topics: &[String],
+    high: Seq,
+) -> Result<SeqSet, LogError> {
+    let sinks = sqlx::query(tables.sql(SINKS)).bind(LOG).fetch_all(&mut **transaction).await.map_err(log_error)?;
+    let (wanted, unwanted) = (Topics::Any(topics.to_vec()), Topics::None(wanted_topics(&sinks)?));
+    let sql = UNCLAIMED.replace("{wanted}", &wanted.condition(3));
+    let sql = sql.replace("{unwanted}", &unwanted.condition(3 + topics.len()));
+    let mut query = sqlx::query_scalar(AssertSqlSafe(tables.expand(&sql))).bind(signed(high.0));
+    query = query.bind(i64::try_from(UNCLAIMED_MAX + 1).unwrap_or(i64::MAX));
+    for pattern in wanted.patterns().iter().chain(unwanted.patterns()) {
+        query = query.bind(pattern);
+    }
+    let rows: Vec<i64> = query.fetch_all(&mut **transaction).await.map_err(log_error)?;
+    let mut places: SeqSet = rows.iter().map(|seq| Seq(seq.unsigned_abs())).collect();
+    if let Some(last) = places.last().filter(|_| rows.len() > UNCLAIMED_MAX) {
+        places.insert_range(last, high);
+    }
+    Ok(places)
+}
+
+/// The topics that any of these sinks takes.
+fn wanted_topics(sinks: &[SqliteRow]) -> Result<Vec<String>, LogError> {
+    let mut patterns: Vec<String> = Vec::new();
+    for sink in sinks {
+        patterns.extend(parse::<Vec<String>>(&sink.get::<String, _>(1), "topics")?);
+    }
+    Ok(patterns)
 }
 
 /// Whether the places the cursor knows mean other events now, as after a restore: what the broker remembers of them is
@@ -330,14 +364,19 @@ async fn check_history(
 ) -> Result<bool, LogError> {
     let drawn: i64 = sqlx::query_scalar(tables.sql(SEQUENCE)).fetch_one(&mut **transaction).await.map_err(log_error)?;
     let drawn = Seq(drawn.unsigned_abs());
-    if drawn < cursor.high {
+    let is_behind = drawn < cursor.high;
+    if is_behind {
         cursor.low = cursor.low.min(drawn);
         cursor.high = drawn;
-        return Ok(true);
+        cursor.high_id = None;
     }
     let query = sqlx::query_scalar(tables.sql(ID_AT)).bind(signed(cursor.high.0));
     let id: Option<String> = query.fetch_optional(&mut **transaction).await.map_err(log_error)?;
-    Ok(id.is_some() && cursor.high_id.is_some() && id != cursor.high_id)
+    let is_other = id.is_some() && cursor.high_id.is_some() && id != cursor.high_id;
+    if id.is_some() {
+        cursor.high_id = id;
+    }
+    Ok(is_behind || is_other)
 }
 
 async fn parked_keys(
@@ -372,53 +411,4 @@ async fn set_aside(
         .bind(signed(aside.seq.0));
     insert.execute(&mut **transaction).await.map_err(log_error)?;
     Ok(())
-}
-
-fn fenced(lease: &Lease) -> LogError {
-    LogError::new(LogErrorKind::Fenced, format!("another relay owns this sink now: epoch {} is over", lease.epoch))
-}
-
-fn signed(number: u64) -> i64 {
-    i64::try_from(number).unwrap_or(i64::MAX)
-}
-
-fn json<T: serde::Serialize>(value: &T) -> String {
-    serde_json::to_string(value).expect("numbers, strings and sets of them serialize")
-}
-
-pub(super) fn parse<T: serde::de::DeserializeOwned>(text: &str, column: &'static str) -> Result<T, LogError> {
-    serde_json::from_str(text).map_err(|error| damaged(column, error))
-}
-
-fn damaged(column: &'static str, error: impl std::error::Error + Send + Sync + 'static) -> LogError {
-    LogError::with_source(LogErrorKind::Schema, format!("column `{column}` holds something it should not"), error)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Catches the mutant that removes what was settled a moment ago.
-    #[test]
-    fn only_what_was_settled_long_ago_is_removable() {
-        let hour = 3_600_000_000;
-        let (marks, removable) = Marks(vec![]).advance(0, 100, hour);
-        assert_eq!(removable, None);
-        let (marks, removable) = marks.advance(hour / 2, 200, hour);
-        assert_eq!((marks.0.as_slice(), removable), ([(0, 100), (hour / 2, 200)].as_slice(), None));
-        let (marks, removable) = marks.advance(hour, 300, hour);
-        assert_eq!(removable, Some(100));
-        let (marks, removable) = marks.advance(hour * 2, 300, hour);
-        assert_eq!((marks.0.len(), removable), (1, Some(300)));
-        assert_eq!(Marks(vec![]).advance(5, 100, 0).1, Some(100), "no retention: at once");
-    }
-
-    #[test]
-    fn marks_stay_few() {
-        let mut marks = Marks(vec![]);
-        for now in 0..10_000 {
-            marks = marks.advance(now * 1_000_000, now + 1, 3_600_000_000).0;
-        }
-        assert!(marks.0.len() <= MARKS_PER_RETENTION as usize + 2, "{} marks", marks.0.len());
-    }
 }

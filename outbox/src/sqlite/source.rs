@@ -7,14 +7,10 @@ use bus_core::{Seq, SeqSet};
 use futures_util::TryStreamExt;
 use sqlx::{AssertSqlSafe, Connection, SqliteConnection};
 
-use super::{
-    SqliteLog, log_error,
-    owner::Owner,
-    rows::{COLUMNS, Decoder},
-};
+use super::{SqliteLog, log_error, owner::Owner, rows::COLUMNS};
 use crate::{
     Acquire, Acquisition, Change, DeadRow, Lease, LogError, LogSource, Page, PageLimit, Probe, Pruned, ReadRows,
-    Request, Row, Selected,
+    Request, Row, Selected, rows::Decoder,
 };
 
 /// Shortest wait between two looks at whether another process committed.
@@ -149,7 +145,7 @@ async fn read_rows(
     let (mut rows, mut decoder, mut bytes) = (Vec::new(), Decoder::default(), 0);
     while let Some(row) = stream.try_next().await.map_err(log_error)? {
         let row = decoder.row(&row)?;
-        bytes += Decoder::size(&row);
+        bytes += row.size_bytes();
         rows.push(row);
         if bytes >= limit.bytes {
             break;
@@ -170,7 +166,7 @@ async fn read_ranges(
     let mut left = limit;
     for (first, last) in seqs.ranges() {
         let rows = read_rows(&mut transaction, sql.to_owned(), &[first.0, last.0], left).await?;
-        let bytes: usize = rows.iter().map(Decoder::size).sum();
+        let bytes: usize = rows.iter().map(Row::size_bytes).sum();
         let full = rows.len() >= left.events.max(1) || bytes >= left.bytes;
         left.events = left.events.saturating_sub(rows.len());
         left.bytes = left.bytes.saturating_sub(bytes);

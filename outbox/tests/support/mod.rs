@@ -71,6 +71,11 @@ impl Shop {
         within("relaying", relay.run_once(std::future::pending())).await.expect("the relay ends in order")
     }
 
+    /// How many rows the log has.
+    pub(crate) async fn rows(&self) -> i64 {
+        sqlx::query_scalar("SELECT count(*) FROM outbus_outbox").fetch_one(&self.pool).await.expect("a count")
+    }
+
     /// Ids of set-aside events with their states.
     pub(crate) async fn set_aside(&self) -> Vec<(String, &'static str)> {
         let rows = self.admin().await.dead_letters(&Selected::default(), None, 1_000).await.expect("a list");
@@ -178,6 +183,8 @@ struct Script {
     silent: AtomicBool,
     handed_over: AtomicU64,
     opened: AtomicU64,
+    /// The highest place that was stored, on a bus that remembers it.
+    high: Option<Mutex<(Seq, Text)>>,
     inner: InMemoryBus,
 }
 
@@ -189,7 +196,17 @@ impl std::fmt::Debug for ScriptedBus {
 
 impl ScriptedBus {
     pub(crate) fn new(order: OrderOnFailure) -> Self {
+        Self::with(order, None)
+    }
+
+    /// A fail-stop bus that tells each writer the highest place it has stored.
+    pub(crate) fn remembering() -> Self {
+        Self::with(OrderOnFailure::FailStop, Some(Mutex::default()))
+    }
+
+    fn with(order: OrderOnFailure, high: Option<Mutex<(Seq, Text)>>) -> Self {
         Self(Arc::new(Script {
+            high,
             order,
             stored: Mutex::default(),
             rule: Mutex::new(Box::new(|_| None)),
@@ -310,6 +327,11 @@ struct ScriptedWriter {
 #[async_trait]
 impl LogWriter for ScriptedWriter {
     async fn publish_batch(&mut self, batch: Vec<(Seq, Event)>, _mark: &Mark) -> Confirmations {
+        if let (Some(high), Some((seq, event))) = (&self.bus.0.high, batch.last())
+            && !self.bus.0.away.load(Ordering::SeqCst)
+        {
+            *high.lock().expect("not poisoned") = (*seq, event.id().into());
+        }
         self.republish(batch.into_iter().map(|(_, event)| event).collect()).await
     }
 
@@ -328,7 +350,8 @@ impl LogWriter for ScriptedWriter {
     }
 
     fn high_marks(&self) -> Vec<(Seq, Text)> {
-        Vec::new()
+        let high = self.bus.0.high.as_ref().map(|high| high.lock().expect("not poisoned").clone());
+        high.filter(|(seq, _)| *seq > Seq::ZERO).into_iter().collect()
     }
 
     async fn close(&mut self) -> Result<(), BusError> {
