@@ -52,6 +52,7 @@ caught! {
     a_bus_that_loses_a_dropped_read: LosesDroppedReads => a_dropped_read_loses_nothing;
     a_bus_without_a_window: IgnoresTheWindow => the_window_is_kept;
     a_bus_that_honours_late_settlements: HonoursLateAcks => settling_after_a_partition_moved_on_does_nothing;
+    a_bus_that_honours_settlements_of_before_a_move: HonoursLateAcks => settling_after_a_group_was_moved_does_nothing;
     a_bus_that_drops_dead_letters: DropsDeadLetters => a_dead_letter_is_kept_with_its_reason;
     a_bus_that_lists_the_head_only: ListsTheHeadOnly => dead_letters_are_listed_and_removed_one_by_one;
     a_bus_that_shares_dead_letters: SharesDeadLetters => a_dead_letter_of_one_group_is_unseen_by_another;

@@ -114,6 +114,7 @@ macro_rules! conformance_cases {
             a_dropped_read_loses_nothing
             the_window_is_kept
             settling_after_a_partition_moved_on_does_nothing
+            settling_after_a_group_was_moved_does_nothing
             a_dead_letter_is_kept_with_its_reason
             dead_letters_are_listed_and_removed_one_by_one
             a_dead_letter_of_one_group_is_unseen_by_another

@@ -8,7 +8,7 @@ use super::{
     publish::refuses_to_subscribe,
 };
 use crate::{
-    BusError, DeadCause, DeadReason, Delivery, ErrorKind, Event, EventBus, SubscribeRequest, Text,
+    BusError, DeadCause, DeadReason, Delivery, ErrorKind, Event, EventBus, SubscribeFrom, SubscribeRequest, Text,
     dead_letter::{DEAD_ATTEMPTS, DEAD_ERROR, DEAD_GROUP, DEAD_REASON, DEAD_TIME},
 };
 
@@ -168,6 +168,28 @@ pub async fn settling_after_a_partition_moved_on_does_nothing(fixture: &Fixture)
     assert!(second.drain(&bus).await.is_empty());
     let dead = bus.admin().dead_letters(&topic, &group("workers"), None, 10).await.expect("dead letters are listed");
     assert!(dead.is_empty(), "a late dead letter: {dead:?}");
+}
+
+/// Once a group was moved, settling what was delivered before does nothing: the event comes again from its new place.
+pub async fn settling_after_a_group_was_moved_does_nothing(fixture: &Fixture) {
+    let (bus, topic) = (fixture.bus().await, topic());
+    if !bus.capabilities().subscribe {
+        return refuses_to_subscribe(fixture, &bus).await;
+    }
+    fixture.declare(&bus, &topic, &["workers"]).await;
+    let mut first = fixture.member(&fixture.bus().await, &topic, "workers").await;
+    fixture.publish(&bus, vec![event(&topic, "a", 0)]).await;
+    let late = first.take(1).await.remove(0);
+    first.close().await;
+    if bus.capabilities().replay {
+        let moved = async { bus.admin().seek(&topic, &group("workers"), SubscribeFrom::Earliest).await };
+        fixture.within("seeking", moved).await.expect("it has no members");
+    }
+    let mut second = fixture.member(&fixture.bus().await, &topic, "workers").await;
+    let again = second.take(1).await.remove(0);
+    late.ack();
+    again.release();
+    assert_eq!(ids(&second.read(1).await), ["a-0"]);
 }
 
 /// A dead letter is settled, and kept whole with what is known of its end.

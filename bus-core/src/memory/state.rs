@@ -83,7 +83,6 @@ struct GroupPartition {
     attempts: HashMap<u64, u32>,
     /// How often what is pending was handed out again since anything was settled.
     redeliveries: u32,
-    generation: u64,
     hold: Option<Hold>,
 }
 
@@ -107,13 +106,14 @@ pub(super) struct Membership {
     pub(super) drain: Duration,
 }
 
-/// Names one partition of a group under one hold, so that late settlements are told from current ones.
+/// Names one partition of a group under one hold, so that late settlements are told from current ones: each hold has an
+/// [`Ownership`] of its own.
 #[derive(Clone, Debug)]
 pub(super) struct HoldId {
-    pub(super) topic: usize,
-    pub(super) group: Group,
+    topic: usize,
+    group: Group,
     pub(super) partition: u32,
-    pub(super) generation: u64,
+    pub(super) ownership: Ownership,
 }
 
 /// Some partition has no room and its slowest group has not moved on.
@@ -287,7 +287,7 @@ impl State {
         now: Instant,
         max: usize,
         first: usize,
-    ) -> Vec<(HoldId, FeedItem, Ownership, u32)> {
+    ) -> Vec<(HoldId, FeedItem, u32)> {
         let topic = &mut self.topics[membership.topic];
         topic.rebalance(membership, now);
         let Some(group) = topic.groups.get_mut(&membership.group) else { return Vec::new() };
@@ -296,12 +296,11 @@ impl State {
         for at in (0..count).map(|offset| (first + offset) % count) {
             let (log, partition) = (&topic.partitions[at], &mut group.partitions[at]);
             let redeliveries = partition.redeliveries;
-            let generation = partition.generation;
             let items = partition.take(log, membership.member, now, max - taken.len());
-            let hold =
-                HoldId { topic: membership.topic, group: membership.group.clone(), partition: at as u32, generation };
-            let ownership = partition.hold.as_ref().map(|hold| hold.ownership.clone()).unwrap_or_default();
-            taken.extend(items.into_iter().map(|item| (hold.clone(), item, ownership.clone(), redeliveries)));
+            let Some(hold) = &partition.hold else { continue };
+            let (topic, group, ownership) = (membership.topic, membership.group.clone(), hold.ownership.clone());
+            let hold = HoldId { topic, group, partition: at as u32, ownership };
+            taken.extend(items.into_iter().map(|item| (hold.clone(), item, redeliveries)));
         }
         taken
     }
@@ -329,30 +328,15 @@ impl State {
         self.evict(hold.topic, hold.partition as usize);
     }
 
-    /// The hold under which `membership` has a partition now.
-    pub(super) fn hold_of(&self, membership: &Membership, partition: u32) -> Option<HoldId> {
-        let group = self.topics[membership.topic].groups.get(&membership.group)?;
-        let read = group.partitions.get(partition as usize)?;
-        read.hold.as_ref().filter(|hold| hold.member == membership.member)?;
-        Some(HoldId {
-            topic: membership.topic,
-            group: membership.group.clone(),
-            partition,
-            generation: read.generation,
-        })
-    }
-
     /// Remembers that an attempt was begun; false if the partition has moved on.
-    pub(super) fn record_attempt(&mut self, hold: &HoldId, delivery: &Delivery) -> bool {
-        let group = self.topics[hold.topic].groups.get_mut(&hold.group);
-        let partition = group.and_then(|group| group.partitions.get_mut(hold.partition as usize));
-        match partition.filter(|partition| partition.generation == hold.generation) {
-            Some(partition) => {
-                *partition.attempts.entry(delivery.token()).or_default() += 1;
-                true
-            }
-            None => false,
-        }
+    pub(super) fn record_attempt(&mut self, membership: &Membership, delivery: &Delivery) -> bool {
+        let group = self.topics[membership.topic].groups.get_mut(&membership.group);
+        let partition = group.and_then(|group| group.partitions.get_mut(delivery.partition() as usize));
+        let Some(partition) = partition.filter(|partition| partition.is_held_under(delivery.ownership())) else {
+            return false;
+        };
+        *partition.attempts.entry(delivery.token()).or_default() += 1;
+        true
     }
 }
 
@@ -463,7 +447,7 @@ impl GroupState {
     /// True if a member may have something to do now.
     fn settle(&mut self, id: &HoldId, settled: Settled, now: Instant, time: Timestamp, dead_max: usize) -> bool {
         let partition = &mut self.partitions[id.partition as usize];
-        let current = partition.generation == id.generation;
+        let current = partition.is_held_under(&id.ownership);
         let Some(hold) = partition.hold.as_mut().filter(|_| current) else {
             self.stale += 1;
             return false;
@@ -534,11 +518,15 @@ impl GroupPartition {
         }
     }
 
+    /// Whether it still is under the hold of `ownership`.
+    fn is_held_under(&self, ownership: &Ownership) -> bool {
+        self.hold.as_ref().is_some_and(|hold| hold.ownership.is_same(ownership))
+    }
+
     /// Gives the partition to `fair` once its owner has drained it; true if that changed anything.
     fn move_to(&mut self, fair: MemberId, membership: &Membership, now: Instant) -> bool {
         match &mut self.hold {
             None if fair == membership.member => {
-                self.generation += 1;
                 self.hold = Some(Hold {
                     member: fair,
                     ownership: Ownership::new(),
@@ -595,3 +583,6 @@ impl GroupPartition {
         hold.feed.take(now, max)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -46,8 +46,8 @@ impl MemorySubscription {
         let taken = self.bus.shared.lock().take(&self.membership, now(), max, self.first);
         let mut settlers: Vec<Arc<Settler>> = Vec::new();
         let mut deliveries = Vec::with_capacity(taken.len());
-        for (hold, item, ownership, redeliveries) in taken {
-            let partition = hold.partition;
+        for (hold, item, redeliveries) in taken {
+            let (partition, ownership) = (hold.partition, hold.ownership.clone());
             let known = settlers.last().filter(|settler| settler.hold.partition == partition).cloned();
             let settler = known.unwrap_or_else(|| {
                 let settler = Arc::new(Settler { shared: Arc::clone(&self.bus.shared), hold });
@@ -96,12 +96,8 @@ impl Subscription for MemorySubscription {
     }
 
     async fn record_attempt(&mut self, delivery: &Delivery) -> Result<(), BusError> {
-        let mut state = self.bus.shared.lock();
-        let hold = state.hold_of(&self.membership, delivery.partition());
-        match hold.filter(|_| !delivery.ownership().is_lost()) {
-            Some(hold) if state.record_attempt(&hold, delivery) => Ok(()),
-            _ => Err(BusError::new(ErrorKind::Closed, "the partition has moved on")),
-        }
+        let recorded = self.bus.shared.lock().record_attempt(&self.membership, delivery);
+        recorded.then_some(()).ok_or_else(|| BusError::new(ErrorKind::Closed, "the partition has moved on"))
     }
 
     async fn close(&mut self) -> Result<(), BusError> {
