@@ -191,7 +191,7 @@ impl fmt::Debug for Delivery {
 
 /// A member's hold on one partition: owned, then draining while its last deliveries are settled, then lost.
 ///
-/// Clones share it. Only ever moves forward.
+/// Clones share it. Each hold has one of its own; what is lost stays lost.
 #[derive(Clone, Debug)]
 pub struct Ownership(Arc<watch::Sender<Phase>>);
 
@@ -213,12 +213,23 @@ impl Ownership {
         self.advance(Phase::Draining);
     }
 
+    /// The partition need not move on any more: it stays, and more of it is delivered.
+    pub fn keep(&self) {
+        self.0.send_if_modified(|phase| {
+            let draining = *phase == Phase::Draining;
+            if draining {
+                *phase = Phase::Owned;
+            }
+            draining
+        });
+    }
+
     /// The partition has moved on: settlements do nothing any more.
     pub fn lose(&self) {
         self.advance(Phase::Lost);
     }
 
-    /// Whether nothing was said of moving on yet.
+    /// Whether it need not move on.
     pub fn is_owned(&self) -> bool {
         *self.0.borrow() == Phase::Owned
     }
@@ -295,11 +306,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn ownership_only_moves_forward() {
+    async fn what_drains_can_stay_and_what_is_lost_stays_lost() {
         let ownership = Ownership::new();
+        ownership.drain();
+        ownership.draining().await;
+        ownership.keep();
         assert!(ownership.is_owned());
         ownership.lose();
         ownership.drain();
+        ownership.keep();
         ownership.draining().await;
         ownership.lost().await;
         assert!(ownership.is_lost());

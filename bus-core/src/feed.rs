@@ -44,6 +44,12 @@ struct Held {
     not_before: Option<Instant>,
 }
 
+impl Held {
+    fn key(&self) -> Option<&Text> {
+        self.item.event.parts().key.as_ref()
+    }
+}
+
 impl PartitionFeed {
     /// An empty feed that holds at most `events_max` events and `bytes_max` bytes; one event always fits.
     pub fn new(events_max: usize, bytes_max: usize) -> Self {
@@ -93,7 +99,7 @@ impl PartitionFeed {
     fn take_held(&mut self, now: Instant, max: usize, taken: &mut Vec<FeedItem>, blocked: &mut HashSet<Text>) {
         let mut ready = Vec::new();
         for (position, held) in &self.held {
-            let key = held.item.event.parts().key.as_ref();
+            let key = held.key();
             if key.is_some_and(|key| blocked.contains(key)) {
                 continue;
             }
@@ -136,9 +142,11 @@ impl PartitionFeed {
         self.fresh.len() + self.held.len() + self.delivered.len()
     }
 
-    /// When a released event may be delivered again, if one waits.
+    /// When a released event may be delivered again, if one waits. What is behind another of its key waits for that one.
     pub fn next_due(&self) -> Option<Instant> {
-        self.held.values().filter_map(|held| held.not_before).min()
+        let mut keys: HashSet<&Text> = HashSet::new();
+        let held = self.held.values().filter(|held| held.key().is_none_or(|key| keys.insert(key)));
+        held.filter_map(|held| held.not_before).min()
     }
 }
 
@@ -173,6 +181,19 @@ mod tests {
         assert_eq!(positions(&feed.take(now + RELEASE_DELAY, 2)), [1, 2]);
         feed.push(item(6, Some("a")));
         assert_eq!(positions(&feed.take(now + RELEASE_DELAY, 10)), [5, 6]);
+    }
+
+    /// Catches the mutant that answers when the earliest release is over: behind a later one of its key, it is read for
+    /// in a loop.
+    #[test]
+    fn a_released_event_behind_another_of_its_key_is_due_with_it() {
+        let (mut feed, now) = (PartitionFeed::new(100, 1 << 20), Instant::now());
+        (1..=2).for_each(|position| feed.push(item(position, Some("a"))));
+        let mut taken = feed.take(now, 2);
+        assert!(feed.release(taken.remove(1), now));
+        assert!(feed.release(taken.remove(0), now + RELEASE_DELAY / 2));
+        assert!(feed.take(now + RELEASE_DELAY, 10).is_empty());
+        assert_eq!(feed.next_due(), Some(now + RELEASE_DELAY / 2 + RELEASE_DELAY));
     }
 
     #[test]

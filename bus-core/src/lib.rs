@@ -56,6 +56,9 @@ pub mod limits {
     pub use crate::name::{GROUP_BYTES_MAX, TOPIC_BYTES_MAX};
 }
 
+/// A wait that never ends, and the longest any wait is: a clock can hold it.
+const FOREVER: std::time::Duration = std::time::Duration::from_secs(86_400 * 365);
+
 /// The runtime's clock, which tests can stop.
 fn now() -> std::time::Instant {
     tokio::time::Instant::now().into_std()

@@ -181,6 +181,8 @@ impl Session {
     /// A partition should move on: gives back what is not running.
     async fn drain(&mut self, partition: u32, ownership: &Ownership) {
         if self.partitions.get(&partition).is_some_and(|current| current.is_same(ownership)) {
+            // Should it stay after all, its next delivery tells.
+            self.partitions.remove(&partition);
             let released = self.lanes.drain(partition);
             self.act(released).await;
         }

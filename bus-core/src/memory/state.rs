@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use super::InMemoryConfig;
 use crate::{
-    BusError, Delivery, ErrorKind, Event, Group, LogId, Mark, Ownership, PartitionFeed, Seq, SeqSet, Settled,
+    BusError, Delivery, ErrorKind, Event, FOREVER, Group, LogId, Mark, Ownership, PartitionFeed, Seq, SeqSet, Settled,
     Settlement, StoredDeadLetter, StreamPosition, SubscribeFrom, Text, Timestamp, Topic, WriterId,
     dead_letter::dead_letter, feed::FeedItem, partition::partition_of,
 };
@@ -92,6 +92,8 @@ struct Hold {
     ownership: Ownership,
     feed: PartitionFeed,
     read_to: u64,
+    /// How long it may take to move on, as its member asked.
+    drain: Duration,
     drain_until: Option<Instant>,
 }
 
@@ -309,8 +311,9 @@ impl State {
     pub(super) fn next_due(&self, membership: &Membership) -> Option<Instant> {
         let group = self.topics[membership.topic].groups.get(&membership.group)?;
         let holds = group.partitions.iter().filter_map(|partition| partition.hold.as_ref());
-        let released = |hold: &Hold| if hold.member == membership.member { hold.feed.next_due() } else { None };
-        holds.filter_map(|hold| [hold.drain_until, released(hold)].into_iter().flatten().min()).min()
+        // While a partition drains nothing of it is delivered, so what was released of it is not waited for.
+        let released = |hold: &Hold| hold.feed.next_due().filter(|_| hold.member == membership.member);
+        holds.filter_map(|hold| hold.drain_until.or_else(|| released(hold))).min()
     }
 
     pub(super) fn changes(&self, topic: usize) -> watch::Receiver<()> {
@@ -532,12 +535,13 @@ impl GroupPartition {
                     ownership: Ownership::new(),
                     feed: PartitionFeed::new(membership.window_events, membership.window_bytes),
                     read_to: self.committed,
+                    drain: membership.drain.min(FOREVER),
                     drain_until: None,
                 });
                 true
             }
             Some(hold) if hold.member != fair => {
-                let until = *hold.drain_until.get_or_insert_with(|| now + membership.drain);
+                let until = *hold.drain_until.get_or_insert(now + hold.drain);
                 hold.ownership.drain();
                 let drained = hold.feed.delivered() == 0 || now >= until;
                 if drained {
@@ -545,10 +549,10 @@ impl GroupPartition {
                 }
                 drained
             }
-            // Its fair owner again before it was drained: it stays, and what it was told of leaving is taken back by
-            // a new hold.
-            Some(hold) if hold.drain_until.is_some() && hold.feed.delivered() == 0 => {
-                self.end_hold();
+            // Its fair owner again before it was drained: it stays.
+            Some(hold) if hold.drain_until.is_some() => {
+                hold.drain_until = None;
+                hold.ownership.keep();
                 true
             }
             _ => false,

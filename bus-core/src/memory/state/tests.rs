@@ -64,3 +64,57 @@ fn what_was_delivered_before_a_group_was_moved_settles_nothing_of_it() {
         assert_eq!(ids(&take(&mut state, &second, now + RELEASE_DELAY)), ["0"], "a late ack settled it");
     }
 }
+
+/// Catches the mutant that waits for what was released while its partition drains: that time passes, nothing may be
+/// delivered, and the member reads in a loop until the partition has moved on.
+#[test]
+fn what_a_draining_partition_released_is_not_waited_for() {
+    let (mut state, now) = (state(2), Instant::now());
+    let first = join(&mut state, DRAIN);
+    let mut taken = take(&mut state, &first, now);
+    let second = join(&mut state, DRAIN);
+    assert!(take(&mut state, &second, now).is_empty(), "it drains");
+    settle(&mut state, taken.remove(0), Settlement::Release, now);
+    let later = now + RELEASE_DELAY * 2;
+    for member in [&first, &second] {
+        assert!(take(&mut state, member, later).is_empty());
+        assert_eq!(state.next_due(member), Some(now + DRAIN));
+    }
+}
+
+/// Catches the mutant that goes on draining for a member that has left again: nothing more would be delivered, and the
+/// end of the drain, once past, would be waited for in a loop.
+#[test]
+fn a_partition_that_stays_goes_on() {
+    let (mut state, now) = (state(1), Instant::now());
+    let first = join(&mut state, DRAIN);
+    let in_hand = take(&mut state, &first, now).remove(0);
+    let ownership = in_hand.0.ownership.clone();
+    let second = join(&mut state, DRAIN);
+    assert!(take(&mut state, &second, now).is_empty() && !ownership.is_owned());
+    state.leave(&second);
+
+    publish(&mut state, 1);
+    assert_eq!(ids(&take(&mut state, &first, now + DRAIN)), ["1"]);
+    assert_eq!(state.next_due(&first), None);
+    assert!(ownership.is_owned(), "what is in hand may be settled still");
+    settle(&mut state, in_hand, Settlement::Ack, now);
+    assert_eq!(state.topics[0].groups[&first.group].stale, 0);
+}
+
+/// Catches the mutant that drains for as long as the member asked that comes for the partition, and the one that adds
+/// any time to a clock.
+#[test]
+fn the_drain_of_the_owner_counts() {
+    for (drain, ends) in [(DRAIN, true), (Duration::MAX, false)] {
+        let (mut state, now) = (state(1), Instant::now());
+        let first = join(&mut state, drain);
+        assert_eq!(take(&mut state, &first, now).len(), 1);
+        let second = join(&mut state, Duration::ZERO);
+        assert!(take(&mut state, &second, now).is_empty());
+        assert!(take(&mut state, &second, now + DRAIN / 2).is_empty(), "its owner asked for more");
+        // One read takes the partition from its owner, the next takes it over.
+        let taken: usize = (0..2).map(|_| take(&mut state, &second, now + DRAIN).len()).sum();
+        assert_eq!(taken, usize::from(ends));
+    }
+}
