@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::FOREVER;
+
 /// How often to try, and how long to wait between: the wait doubles from `backoff_min` to `backoff_max`, and is
 /// lengthened or shortened by up to a fifth, so that many that failed together do not come back together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +33,7 @@ impl RetryPolicy {
     /// The wait after failure number `failure`, from 1, where nothing is ever given up.
     pub fn backoff(&self, failure: u32, random: f64) -> Duration {
         let doublings = failure.saturating_sub(1).min(31);
-        let plain = self.backoff_min.saturating_mul(1 << doublings).min(self.backoff_max);
+        let plain = self.backoff_min.saturating_mul(1 << doublings).min(self.backoff_max).min(FOREVER);
         plain.mul_f64(0.8 + 0.4 * random)
     }
 }
@@ -47,6 +49,13 @@ mod tests {
         assert_eq!(plain, [100, 200, 400, 800, 1_600, 3_200, 6_400, 12_800, 25_600, 30_000, 30_000]);
         assert!(policy.delay_after(19, 0.5).is_some() && policy.delay_after(20, 0.5).is_none());
         assert_eq!(policy.backoff(u32::MAX, 0.5), Duration::from_secs(30));
+    }
+
+    /// Catches the mutant that trusts the configured maximum: lengthening it, or adding it to a clock, would panic.
+    #[test]
+    fn the_longest_wait_there_is_can_be_waited_for() {
+        let policy = RetryPolicy { attempts: 2, backoff_min: Duration::MAX, backoff_max: Duration::MAX };
+        assert!(std::time::Instant::now().checked_add(policy.backoff(1, 0.999)).is_some());
     }
 
     #[test]

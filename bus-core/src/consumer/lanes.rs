@@ -174,7 +174,9 @@ impl Lanes {
         }
         self.wake(now);
         if self.pause.is_some() {
-            actions.extend(self.start_probe(now));
+            while let Some(action) = self.start_probe(now) {
+                actions.push(action);
+            }
             return actions;
         }
         let mut passed_over = Vec::new();
@@ -192,15 +194,17 @@ impl Lanes {
         actions
     }
 
-    /// When [`start`](Lanes::start) may have something to do without anything else happening.
-    pub(super) fn next_due(&self) -> Option<Instant> {
+    /// When [`start`](Lanes::start), called with `started` last, may have something to do without anything else
+    /// happening.
+    pub(super) fn next_due(&self, started: Instant) -> Option<Instant> {
         if self.stopping {
             return None;
         }
         match &self.pause {
-            Some(pause) if pause.probe.is_none() => Some(pause.due),
-            Some(_) => None,
-            None => self.waiting.first().map(|(due, _)| *due),
+            Some(pause) if pause.probe.is_some() => None,
+            Some(pause) if pause.due >= started => Some(pause.due),
+            // Where a probe was due and none could start, the next lane that is woken is the first to try.
+            _ => self.waiting.first().map(|(due, _)| *due),
         }
     }
 

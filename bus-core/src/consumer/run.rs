@@ -18,14 +18,12 @@ use super::{
     router::Router,
 };
 use crate::{
-    BusError, Context, DeadCause, DeadReason, Delivery, Group, Handler, HandlerErrorKind, Ownership, RetryPolicy,
-    SubscribeRequest, Subscription, dead_letter::ONLY_GROUP, now, observed::ConsumerMetrics,
+    BusError, Context, DeadCause, DeadReason, Delivery, FOREVER, Group, Handler, HandlerErrorKind, Ownership,
+    RetryPolicy, SubscribeRequest, Subscription, dead_letter::ONLY_GROUP, now, observed::ConsumerMetrics,
 };
 
 /// Deliveries asked for at once.
 const BATCH_MAX: usize = 256;
-/// A wait that never ends, for a timer that has nothing to wait for.
-const FOREVER: Duration = Duration::from_secs(86_400 * 365);
 
 pub(super) async fn run(
     consumer: Consumer,
@@ -83,15 +81,18 @@ impl Session {
     async fn consume(&mut self, shutdown: impl Future<Output = ()>) -> Result<(), BusError> {
         let mut shutdown = pin!(shutdown);
         loop {
-            let actions = self.lanes.start(now());
+            let started = now();
+            let actions = self.lanes.start(started);
             self.act(actions).await;
-            let due = earliest(self.lanes.next_due(), self.read_again);
+            let due = [self.lanes.next_due(started), self.read_again].into_iter().flatten().min();
             tokio::select! {
                 () = &mut shutdown => return Ok(()),
                 Some(called) = self.calls.join_next() => self.answered(called).await,
                 Some((partition, ownership)) = self.draining.next() => self.drain(partition, &ownership).await,
                 read = self.subscription.next_batch(BATCH_MAX), if self.read_again.is_none() => self.arrived(read)?,
-                () = sleep_until((now() + due).into()) => self.read_again = None,
+                () = sleep_until(due.unwrap_or(started + FOREVER).into()) => {
+                    self.read_again = self.read_again.filter(|again| *again > now());
+                }
             }
         }
     }
@@ -100,7 +101,7 @@ impl Session {
     async fn finish(&mut self, drain: Duration) {
         let released = self.lanes.stop();
         self.act(released).await;
-        let deadline = tokio::time::Instant::now() + drain;
+        let deadline = tokio::time::Instant::now() + drain.min(FOREVER);
         while let Ok(Some(called)) = tokio::time::timeout_at(deadline, self.calls.join_next()).await {
             self.answered(called).await;
         }
@@ -265,14 +266,19 @@ async fn call(
 ) -> (Slot, Answer) {
     let started = now();
     let event = context.event().clone();
-    let handled = AssertUnwindSafe(handler.handle(&event, &context)).catch_unwind();
     let failed = |kind, error| Answer::Failed { kind, error };
-    let answer = match tokio::time::timeout(timeout, handled).await {
-        Ok(Ok(Ok(()))) => Answer::Handled,
-        Ok(Ok(Err(error))) => failed(error.kind(), error.to_string()),
-        Ok(Err(panic)) => failed(HandlerErrorKind::Retryable, format!("panicked: {}", panic_message(&*panic))),
-        Err(_) => failed(HandlerErrorKind::Retryable, format!("took longer than {timeout:?}")),
-    };
+    // All code of the user runs in here: the handler before its future exists, its drop, and the error's text as well.
+    let answer = AssertUnwindSafe(async {
+        match tokio::time::timeout(timeout, handler.handle(&event, &context)).await {
+            Ok(Ok(())) => Answer::Handled,
+            Ok(Err(error)) => failed(error.kind(), error.to_string()),
+            Err(_) => failed(HandlerErrorKind::Retryable, format!("took longer than {timeout:?}")),
+        }
+    });
+    let answer = answer
+        .catch_unwind()
+        .await
+        .unwrap_or_else(|panic| failed(HandlerErrorKind::Retryable, format!("panicked: {}", panic_message(&*panic))));
     metrics.called(started.elapsed());
     (slot, answer)
 }
@@ -280,9 +286,4 @@ async fn call(
 fn panic_message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<String>().map(String::as_str);
     text.or_else(|| panic.downcast_ref::<&'static str>().copied()).unwrap_or("without a message")
-}
-
-fn earliest(one: Option<Instant>, other: Option<Instant>) -> Duration {
-    let due = [one, other].into_iter().flatten().min();
-    due.map_or(FOREVER, |due| due.saturating_duration_since(now()))
 }

@@ -58,7 +58,7 @@ fn a_failure_holds_its_key_and_only_that() {
     assert!(lanes.answered(1, retryable(), now, 0.5).is_empty());
     lanes.answered(3, Answer::Handled, now, 0.5);
     assert!(lanes.start(now).is_empty(), "2 waits behind 1");
-    let due = lanes.next_due().unwrap();
+    let due = lanes.next_due(now).unwrap();
     assert_eq!(due, now + Duration::from_millis(100));
     assert_eq!(lanes.start(due), [Action::Call { slot: 1, attempt: 2 }]);
     lanes.answered(1, Answer::Handled, due, 0.5);
@@ -140,6 +140,43 @@ fn while_paused_a_healthy_event_is_tried_too() {
         }
     }
     assert_eq!(lanes.lane_of.len(), 2 - dead, "3 was handled");
+}
+
+/// Catches the mutant that is due as soon as a probe is, with nothing to try: it would read the clock in a loop.
+#[test]
+fn a_pause_with_nothing_to_try_waits_for_a_lane() {
+    let (mut lanes, now) = (lanes(3, 8), Instant::now());
+    arrive(&mut lanes, 1, "a");
+    arrive(&mut lanes, 2, "b");
+    for slot in calls(&lanes.start(now)) {
+        lanes.answered(slot, retryable(), now, 0.5);
+    }
+    assert!(lanes.is_paused());
+    let due = lanes.next_due(now).unwrap();
+    assert!(due > now && lanes.start(now).is_empty());
+    lanes.drain(0);
+    let later = due + SOON;
+    assert!(lanes.start(later).is_empty());
+    assert_eq!(lanes.next_due(later), None);
+    lanes.arrived(Arrival { slot: 3, partition: 1, key: None, attempt: 1, suspect: false });
+    assert_eq!(calls(&lanes.start(later)), [3]);
+}
+
+/// Catches the mutant that tries one event when a probe is due, though that one is given up uncalled: the rest would
+/// wait for ever.
+#[test]
+fn a_probe_goes_past_what_is_given_up_uncalled() {
+    let (mut lanes, now) = (lanes(2, 8), Instant::now());
+    arrive(&mut lanes, 1, "a");
+    arrive(&mut lanes, 2, "b");
+    for slot in calls(&lanes.start(now)) {
+        lanes.answered(slot, retryable(), now, 0.5);
+    }
+    lanes.drain(0);
+    lanes.arrived(Arrival { slot: 3, partition: 1, key: None, attempt: 3, suspect: true });
+    lanes.arrived(Arrival { slot: 4, partition: 1, key: None, attempt: 1, suspect: true });
+    let actions = lanes.start(now + SOON);
+    assert!(matches!(actions[..], [Action::DeadLetter { slot: 3, .. }, Action::Record { slot: 4 }]), "{actions:?}");
 }
 
 #[test]
