@@ -6,7 +6,7 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
 use async_trait::async_trait;
@@ -48,17 +48,17 @@ impl FileConfig {
 /// A bus that only stores: each topic is a file of events as structured JSON, one a line.
 ///
 /// An event is confirmed once its line is on disk. A line that was cut by a crash is removed before the next is
-/// written. Several processes may publish to one folder: each batch takes the file's lock.
+/// written. Several processes may publish to one folder: each batch takes the file's lock. A file may be moved away or
+/// removed between two batches: the next one begins a new file.
 #[derive(Clone, Debug)]
 pub struct FileBus(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
     dir: PathBuf,
-    files: Mutex<BTreeMap<Topic, File>>,
     closed: std::sync::atomic::AtomicBool,
     /// Publishers take turns, first come, first served.
-    turn: tokio::sync::Mutex<()>,
+    turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl FileBus {
@@ -72,12 +72,7 @@ impl FileBus {
             let message = format!("cannot create the folder {}: {error}", config.dir.display());
             BusError::with_source(ErrorKind::Invalid, message, error)
         })?;
-        Ok(Self(Arc::new(Inner {
-            dir: config.dir,
-            files: Mutex::default(),
-            closed: false.into(),
-            turn: tokio::sync::Mutex::new(()),
-        })))
+        Ok(Self(Arc::new(Inner { dir: config.dir, closed: false.into(), turn: Arc::default() })))
     }
 
     /// The bus of a URL, `file:///dir`.
@@ -99,9 +94,14 @@ impl FileBus {
         if self.is_closed() {
             return vec![Err(BusError::closed()); len];
         }
-        let _turn = self.0.turn.lock().await;
+        let turn = Arc::clone(&self.0.turn).lock_owned().await;
         let inner = Arc::clone(&self.0);
-        let written = tokio::task::spawn_blocking(move || inner.append(batch)).await;
+        let append = move || {
+            // Until it is written, even if nobody waits for it any more: what is handed over later lands behind it.
+            let _turn = turn;
+            inner.append(batch)
+        };
+        let written = tokio::task::spawn_blocking(append).await;
         written
             .unwrap_or_else(|_| vec![Err(BusError::new(ErrorKind::Unavailable, "the runtime is shutting down")); len])
     }
@@ -137,24 +137,20 @@ impl Inner {
     }
 
     fn append_lines(&self, topic: &Topic, lines: &[u8]) -> io::Result<()> {
-        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
-        if !files.contains_key(topic) {
-            let file = OpenOptions::new().create(true).read(true).append(true).open(self.path(topic))?;
+        // Opened anew for each batch: the file of before may have been moved away or removed.
+        let mut file = OpenOptions::new().create(true).read(true).append(true).open(self.path(topic))?;
+        file.lock()?;
+        let end = cut_torn_line(&mut file)?;
+        if end == 0 {
             // The name must survive as well as the lines.
             File::open(&self.dir)?.sync_all()?;
-            files.insert(topic.clone(), file);
         }
-        let Some(file) = files.get_mut(topic) else { return Ok(()) };
-        file.lock()?;
-        let appended = append_whole(file, lines);
-        file.unlock()?;
-        appended
+        append_whole(&mut file, end, lines)
     }
 }
 
-/// Appends `lines` durably, or leaves the file as it was.
-fn append_whole(file: &mut File, lines: &[u8]) -> io::Result<()> {
-    let end = cut_torn_line(file)?;
+/// Appends `lines` at `end` durably, or leaves the file as it was.
+fn append_whole(file: &mut File, end: u64, lines: &[u8]) -> io::Result<()> {
     let written = file.write_all(lines).and_then(|()| file.sync_data());
     if written.is_err() {
         // What may stand there now was not confirmed; a torn rest would be cut before the next line anyway.
@@ -270,6 +266,8 @@ impl FileWriter {
         if self.broken {
             return Confirmations::same(batch.len(), Err(stopped()));
         }
+        // Should this call be dropped, what became of the batch is unknown: nothing may land behind it.
+        self.broken = true;
         let outcomes = self.bus.write(batch).await;
         self.broken = outcomes.iter().any(Result::is_err);
         Confirmations::ready(outcomes)
@@ -411,6 +409,57 @@ mod tests {
         let mut writer = bus.open_writer(id()).await.unwrap();
         writer.publish_batch(vec![(Seq(1), event(1)), (Seq(2), event(2))], &Mark::default()).await.all().await;
         assert_eq!(ids(&dir.path().join("bus")), ["1", "2"]);
+    }
+
+    /// Catches the mutant whose turn ends with the call: the batch of a dropped call would land behind what came later.
+    #[test]
+    fn a_dropped_call_lands_before_what_follows_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let bus = FileBus::open(FileConfig { dir: dir.path().into() }).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async {
+            // Whoever holds the lock keeps the dropped batch from being written.
+            let lock = File::create(dir.path().join("orders.jsonl")).unwrap();
+            lock.lock().unwrap();
+            let mut dropped = bus.publish_batch(vec![event(1), event(2)]);
+            assert!(futures_util::poll!(&mut dropped).is_pending(), "it is handed over and not written");
+            drop(dropped);
+            assert!(bus.0.turn.try_lock().is_err(), "its turn lasts until it is written");
+            let mut follows = bus.publish_batch(vec![event(3)]);
+            assert!(futures_util::poll!(&mut follows).is_pending());
+            lock.unlock().unwrap();
+            assert!(follows.await.all().await.iter().all(Result::is_ok));
+        });
+        drop(runtime);
+        assert_eq!(ids(dir.path()), ["1", "2", "3"]);
+    }
+
+    /// Catches the mutant that goes on though the fate of an earlier batch is unknown.
+    #[tokio::test]
+    async fn a_writer_whose_call_was_dropped_writes_nothing_more() {
+        let dir = tempfile::tempdir().unwrap();
+        let bus = FileBus::open(FileConfig { dir: dir.path().into() }).unwrap();
+        let mut writer = FileWriter { bus: bus.clone(), broken: false };
+        let turn = bus.0.turn.lock().await;
+        assert!(futures_util::poll!(Box::pin(writer.republish(vec![event(1)]))).is_pending());
+        drop(turn);
+        assert!(writer.republish(vec![event(2)]).await.all().await[0].is_err());
+        assert!(ids(dir.path()).is_empty());
+    }
+
+    /// Catches the mutant that goes on writing to the file it once opened: what it confirms would be gone with it.
+    #[tokio::test]
+    async fn a_file_that_was_moved_or_removed_is_begun_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let bus: Arc<dyn EventBus> = Arc::new(FileBus::open(FileConfig { dir: dir.path().into() }).unwrap());
+        let path = dir.path().join("orders.jsonl");
+        bus.publish(event(1)).await.unwrap();
+        fs::rename(&path, dir.path().join("old.jsonl")).unwrap();
+        bus.publish(event(2)).await.unwrap();
+        assert_eq!(ids(dir.path()), ["2"]);
+        fs::remove_file(&path).unwrap();
+        bus.publish(event(3)).await.unwrap();
+        assert_eq!(ids(dir.path()), ["3"]);
     }
 
     #[test]
