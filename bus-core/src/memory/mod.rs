@@ -23,7 +23,7 @@ use crate::{
     bus::{AdmittedBatch, DEFAULT_PARTITIONS, admit_batch},
     url_options::UrlOptions,
 };
-use state::{Full, State};
+use state::{Full, State, Turn};
 
 /// Settings of an in-memory bus.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,8 +86,6 @@ pub struct InMemoryBus {
 
 struct Shared {
     state: Mutex<State>,
-    /// Publishers take turns, first come, first served.
-    turn: tokio::sync::Mutex<()>,
     /// Told when a full partition may have room.
     room: Notify,
 }
@@ -116,7 +114,7 @@ impl InMemoryBus {
     /// A bus of its own.
     pub fn with_config(config: InMemoryConfig) -> Self {
         let state = Mutex::new(State::new(config));
-        Self::of(Arc::new(Shared { state, turn: tokio::sync::Mutex::new(()), room: Notify::new() }))
+        Self::of(Arc::new(Shared { state, room: Notify::new() }))
     }
 
     /// A further client of the bus of that name in this process; `config` counts where it does not exist yet. The bus
@@ -158,8 +156,12 @@ impl InMemoryBus {
         let _ = self.closed.subscribe().wait_for(|closed| *closed).await;
     }
 
-    /// Waits for its turn and for room, then stores what `store` does under the lock, all at once.
-    async fn hand_over<T>(&self, store: impl FnMut(&mut State) -> Option<T> + Send) -> Result<T, BusError>
+    /// Waits for its turns and for room, then stores what `store` does under the lock, all at once.
+    async fn hand_over<T>(
+        &self,
+        turns: Vec<Turn>,
+        store: impl FnMut(&mut State) -> Option<T> + Send,
+    ) -> Result<T, BusError>
     where
         T: Send,
     {
@@ -167,15 +169,18 @@ impl InMemoryBus {
         tokio::select! {
             biased;
             () = self.until_closed() => Err(BusError::closed()),
-            stored = tokio::time::timeout(timeout, self.store_when_room(store)) => stored.map_err(|_| {
+            stored = tokio::time::timeout(timeout, self.store_when_room(turns, store)) => stored.map_err(|_| {
                 let message = "a partition is full and its slowest group did not move on: run its consumer, or remove the group";
                 BusError::new(ErrorKind::Timeout, message)
             }),
         }
     }
 
-    async fn store_when_room<T>(&self, mut store: impl FnMut(&mut State) -> Option<T>) -> T {
-        let _turn = self.shared.turn.lock().await;
+    async fn store_when_room<T>(&self, turns: Vec<Turn>, mut store: impl FnMut(&mut State) -> Option<T>) -> T {
+        let mut taken = Vec::with_capacity(turns.len());
+        for turn in turns {
+            taken.push(turn.lock_owned().await);
+        }
         loop {
             let mut room = std::pin::pin!(self.shared.room.notified());
             room.as_mut().enable();
@@ -209,9 +214,10 @@ impl EventBus for InMemoryBus {
         let capabilities = self.capabilities();
         let AdmittedBatch { events: admitted, refused } =
             admit_batch(batch, capabilities.event_bytes_max, capabilities.order_on_failure);
+        let turns = self.shared.lock().turns(&admitted);
         let (indexes, events): (Vec<usize>, Vec<Event>) = admitted.into_iter().unzip();
         let mut events = Some(events);
-        let stored = self.hand_over(|state| try_publish(state, &mut events)).await;
+        let stored = self.hand_over(turns, |state| try_publish(state, &mut events)).await;
         merge(len, &indexes, stored.map(|()| Receipt::default()), refused)
     }
 
@@ -271,5 +277,78 @@ impl fmt::Debug for InMemoryBus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let topics: Vec<String> = self.shared.lock().topics().iter().map(|topic| topic.topic.to_string()).collect();
         f.debug_struct("InMemoryBus").field("topics", &topics).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::poll;
+
+    use super::*;
+    use crate::{EventBusExt, Group, Topic};
+
+    fn event(topic: &str, n: usize) -> Event {
+        Event::builder(topic, "order.placed").id(n).key("one").build().unwrap()
+    }
+
+    /// A bus whose partitions keep two events.
+    fn narrow() -> Arc<dyn EventBus> {
+        let config = InMemoryConfig { partition_events_max: 2, ..InMemoryConfig::default() };
+        Arc::new(InMemoryBus::with_config(config))
+    }
+
+    fn request(topic: &str) -> SubscribeRequest {
+        SubscribeRequest::new(Topic::new(topic).unwrap(), Group::new("billing").unwrap())
+    }
+
+    /// Catches the mutant with one turn for all: whoever waits for room in a topic would keep all others from theirs. And
+    /// the one without turns: what was published to the full topic later would be stored first.
+    #[tokio::test]
+    async fn a_full_topic_keeps_its_own_publishers_waiting_and_no_others() {
+        let bus = narrow();
+        let mut member = bus.subscribe(request("orders")).await.unwrap();
+        bus.publish_all(vec![event("orders", 0), event("orders", 1)]).await;
+        let mut first = bus.publish_batch(vec![event("orders", 2), event("orders", 3)]);
+        let mut second = bus.publish_batch(vec![event("orders", 4)]);
+        assert!(poll!(&mut first).is_pending() && poll!(&mut second).is_pending());
+        let mut other = bus.publish_batch(vec![event("invoices", 0)]);
+        assert!(poll!(&mut other).is_ready(), "another topic has room");
+
+        for n in 0..2 {
+            let mut read = member.next_batch(1).await.unwrap();
+            assert_eq!(read[0].event().id(), n.to_string());
+            read.remove(0).ack();
+            assert!(poll!(&mut second).is_pending(), "it has room, but not its turn");
+        }
+        assert!(poll!(&mut first).is_ready());
+    }
+
+    /// Catches the mutant that takes turns in the order of the batch: two that name their topics the other way round
+    /// would wait for each other.
+    #[tokio::test(start_paused = true)]
+    async fn batches_that_span_topics_do_not_wait_for_each_other() {
+        let bus = narrow();
+        let mut member = bus.subscribe(request("orders")).await.unwrap();
+        bus.publish_all(vec![event("orders", 0), event("orders", 1)]).await;
+        bus.publish(event("invoices", 0)).await.unwrap();
+        // Waits for room with the turn of orders, so that those behind stand in line for what they take first.
+        let mut full = bus.publish_batch(vec![event("orders", 2)]);
+        let mut there = bus.publish_batch(vec![event("orders", 3), event("invoices", 1)]);
+        let mut back = bus.publish_batch(vec![event("invoices", 2), event("orders", 4)]);
+        assert!(poll!(&mut full).is_pending() && poll!(&mut there).is_pending() && poll!(&mut back).is_pending());
+        let reading = async {
+            loop {
+                member.next_batch(1).await.unwrap().remove(0).ack();
+            }
+        };
+        let publishing = async {
+            for confirmations in [full.await, there.await, back.await] {
+                assert!(confirmations.all().await.iter().all(Result::is_ok), "they waited for each other");
+            }
+        };
+        tokio::select! {
+            () = publishing => {}
+            () = reading => {}
+        }
     }
 }

@@ -1,8 +1,9 @@
 //! What the in-memory bus holds: topics, partitions, groups. Pure: time is passed in, waking others is the caller's.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     num::NonZeroU32,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -16,6 +17,8 @@ use crate::{
 };
 
 pub(super) type MemberId = u64;
+/// The publishers of a topic take turns, first come, first served.
+pub(super) type Turn = Arc<tokio::sync::Mutex<()>>;
 
 /// Everything one in-memory bus holds, shared by all its clients.
 #[derive(Debug)]
@@ -49,6 +52,7 @@ pub(super) struct TopicState {
     pub(super) topic: Topic,
     partitions: Vec<PartitionLog>,
     pub(super) groups: BTreeMap<Group, GroupState>,
+    turn: Turn,
     /// Told whenever a member may have something to do.
     changed: watch::Sender<()>,
 }
@@ -144,6 +148,7 @@ impl State {
             topic: topic.clone(),
             partitions: (0..partitions).map(|_| PartitionLog::default()).collect(),
             groups: BTreeMap::new(),
+            turn: Turn::default(),
             changed: watch::Sender::new(()),
         });
         self.by_name.insert(topic.clone(), self.topics.len() - 1);
@@ -156,6 +161,13 @@ impl State {
             Some(at) => Ok(&mut self.topics[*at]),
             None => Err(BusError::new(ErrorKind::Invalid, format!("there is no topic `{topic}`"))),
         }
+    }
+
+    /// The turns a batch waits for. All batches take them in one order, so that no two wait for each other.
+    pub(super) fn turns(&mut self, batch: &[(usize, Event)]) -> Vec<Turn> {
+        let runs = batch.chunk_by(|(_, one), (_, other)| one.topic() == other.topic());
+        let topics: BTreeSet<usize> = runs.map(|run| self.topic(run[0].1.topic(), None)).collect();
+        topics.into_iter().map(|topic| Turn::clone(&self.topics[topic].turn)).collect()
     }
 
     /// Stores all of `events` or, where one partition is full, none.

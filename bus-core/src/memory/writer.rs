@@ -44,9 +44,10 @@ impl MemoryWriter {
         let AdmittedBatch { events: admitted, refused } =
             admit_batch(batch, self.event_bytes_max, capabilities.order_on_failure);
         self.broken = (!refused.is_empty()).then(stopped);
+        let turns = self.bus.shared.lock().turns(&admitted);
         let mut pending = Pending::new(admitted, seqs);
         let hold = &self.hold;
-        let stored = self.bus.hand_over(|state| pending.store(state, hold)).await.flatten();
+        let stored = self.bus.hand_over(turns, |state| pending.store(state, hold)).await.flatten();
         let fates = match stored {
             Ok(()) => pending.fates,
             Err(error) => {
