@@ -40,8 +40,11 @@ impl FileConfig {
     pub fn from_url(url: &Url) -> Result<Self, BusError> {
         UrlOptions::new(url)?.finish()?;
         let message = "a file bus is written file:///absolute/folder";
-        let dir = url.to_file_path().map_err(|()| BusError::new(ErrorKind::Invalid, message))?;
-        Ok(Self { dir })
+        match url.to_file_path() {
+            // The root is what is left of a URL that names no folder.
+            Ok(dir) if dir.parent().is_some() => Ok(Self { dir }),
+            _ => Err(BusError::new(ErrorKind::Invalid, message)),
+        }
     }
 }
 

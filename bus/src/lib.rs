@@ -38,6 +38,10 @@ pub fn connect(url: &str) -> Result<Arc<dyn EventBus>, BusError> {
     })?;
     match parsed.scheme() {
         "memory" => Ok(Arc::new(ObservedBus::new(InMemoryBus::from_url(&parsed)?, "memory"))),
+        // The parser turns file:x, and file:, into /x and /.
+        "file" if !url.get(..7).is_some_and(|start| start.eq_ignore_ascii_case("file://")) => {
+            Err(BusError::new(ErrorKind::Invalid, "a file bus is written file:///absolute/folder"))
+        }
         "file" => Ok(Arc::new(ObservedBus::new(FileBus::from_url(&parsed)?, "file"))),
         other => {
             let message = format!("no bus of this build is at `{other}://`: there are memory:// and file:///folder");
@@ -108,6 +112,10 @@ mod tests {
             ("memory://?partitions=0", "partitions"),
             ("memory://?colour=red", "colour"),
             ("file://relative/x", "absolute"),
+            ("file:relative", "absolute"),
+            ("file:", "absolute"),
+            ("file://", "absolute"),
+            ("file:///", "absolute"),
         ] {
             let error = connect(url).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::Invalid);
