@@ -14,7 +14,11 @@ use serde::{
 };
 use serde_json::value::RawValue;
 
-use crate::{Event, EventBuilder, EventError, Text, Timestamp, event::EXTENSIONS_MAX};
+use crate::{
+    Event, EventBuilder, EventError, Text, Timestamp,
+    event::{CONTENT_TYPE_BYTES_MAX, EXTENSIONS_MAX},
+    name::check_length,
+};
 
 /// The version of CloudEvents that is written and read.
 pub const SPECVERSION: &str = "1.0";
@@ -218,6 +222,8 @@ fn read(members: Vec<(Cow<'_, str>, &RawValue)>) -> Result<EventBuilder, EventEr
     }
     let format = content_type.as_deref().map_or(DataFormat::Json, DataFormat::of);
     if let Some(content_type) = content_type {
+        // Otherwise the data would be blamed, which is read as the content type says.
+        check_length("datacontenttype", &content_type, CONTENT_TYPE_BYTES_MAX)?;
         builder = builder.content_type(content_type);
     }
     let topic = topic.ok_or_else(|| EventError::new("topic", "is missing"))?;
@@ -323,6 +329,7 @@ mod tests {
             ("id", r#"{"topic":"o","type":"t","id":"\ud800"}"#),
             ("data", r#"{"topic":"o","type":"t","data":null}"#),
             ("data", r#"{"topic":"o","type":"t","datacontenttype":"text/plain","data":{"a":1}}"#),
+            ("datacontenttype", r#"{"topic":"o","type":"t","datacontenttype":"","data":1}"#),
             ("data_base64", r#"{"topic":"o","type":"t","data":1,"data_base64":"AA=="}"#),
             ("data_base64", r#"{"topic":"o","type":"t","data_base64":"*"}"#),
             ("time", r#"{"topic":"o","type":"t","time":"noon"}"#),
