@@ -30,7 +30,7 @@ pub use log::{
     LogSource, Owned, Page, PageLimit, Probe, Pruned, ReadRows, Request, RequestKind, RequestProgress, Row, Selected,
     SetAside, Sink, SinkStatus, Start,
 };
-pub use relay::{LEASE_MIN, Progress, Relay, RelayConfig, RelayError, RelayEvent, RelaySummary};
+pub use relay::{LEASE_MIN, Progress, Relay, RelayConfig, RelayError, RelayEvent, RelaySummary, SPAN_MAX};
 #[cfg(feature = "sqlite")]
 pub use sqlite::{
     Deduplicated, Inbox, SqliteLog, log_error as sqlite_error, migrate, print_migrations, sqlite_options,

@@ -17,6 +17,8 @@ use session::{End, Session};
 
 /// Shortest lease that leaves time to renew it.
 pub const LEASE_MIN: Duration = Duration::from_millis(200);
+/// Longest lease, poll interval, drain and back-off: far above what makes sense, far below where clocks overflow.
+pub const SPAN_MAX: Duration = Duration::from_secs(24 * 3_600);
 /// Longest pause between two tries of a standby to become the owner.
 const STANDBY_PAUSE_MAX: Duration = Duration::from_millis(500);
 
@@ -76,20 +78,36 @@ impl RelayConfig {
     ///
     /// # Errors
     ///
-    /// The field, and what would be right.
+    /// The field, what was found, and what would be right. The message begins with the field's name in backticks.
     pub fn validate(&self) -> Result<(), RelayError> {
-        let wrong = |message: &str| Err(RelayError::Config(message.to_owned()));
-        match self {
-            _ if self.topics.is_empty() => wrong("`topics` must name at least one pattern; \"*\" takes every topic"),
-            _ if self.window_events == 0 || self.window_bytes == 0 => {
-                wrong("`window_events` and `window_bytes` must be at least 1")
-            }
-            _ if self.lease < LEASE_MIN => wrong("`lease` must be at least 200ms"),
-            _ if self.poll_interval.is_zero() => wrong("`poll_interval` must be at least 1ms"),
-            _ if self.retry.attempts == 0 => wrong("`attempts` must be at least 1"),
-            _ => Ok(()),
+        let retry = &self.retry;
+        if self.topics.is_empty() {
+            let message = "`topics` must name at least one pattern; \"*\" takes every topic";
+            return Err(RelayError::Config(message.to_owned()));
         }
+        at_least_one("window_events", self.window_events)?;
+        at_least_one("window_bytes", self.window_bytes)?;
+        at_least_one("attempts", retry.attempts as usize)?;
+        within("lease", self.lease, LEASE_MIN, SPAN_MAX)?;
+        within("poll_interval", self.poll_interval, Duration::from_millis(1), SPAN_MAX)?;
+        within("drain", self.drain, Duration::ZERO, SPAN_MAX)?;
+        within("backoff_max", retry.backoff_max, Duration::ZERO, SPAN_MAX)?;
+        within("backoff_min", retry.backoff_min, Duration::ZERO, retry.backoff_max)
     }
+}
+
+fn at_least_one(field: &str, found: usize) -> Result<(), RelayError> {
+    match found {
+        0 => Err(RelayError::Config(format!("`{field}` is 0 and must be at least 1"))),
+        _ => Ok(()),
+    }
+}
+
+fn within(field: &str, found: Duration, min: Duration, max: Duration) -> Result<(), RelayError> {
+    if (min..=max).contains(&found) {
+        return Ok(());
+    }
+    Err(RelayError::Config(format!("`{field}` is {found:?} and must be from {min:?} to {max:?}")))
 }
 
 /// Why a relay ended.
@@ -476,5 +494,39 @@ fn retry_chunk(capabilities: Capabilities) -> usize {
     match capabilities.order_on_failure {
         OrderOnFailure::FailStop => 64,
         OrderOnFailure::Independent => 1,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each of them would overflow a clock in the middle of a run.
+    #[test]
+    fn spans_have_limits_and_say_which() {
+        let config = RelayConfig::default;
+        let retry = config().retry;
+        let day = Duration::from_secs(86_400);
+        let backoff = |backoff_min, backoff_max| RelayConfig {
+            retry: RetryPolicy { backoff_min, backoff_max, ..retry },
+            ..config()
+        };
+        for (wrong, named) in [
+            (RelayConfig { lease: Duration::MAX, ..config() }, "`lease` is 18446744073709551615.999999999s"),
+            (RelayConfig { lease: Duration::ZERO, ..config() }, "`lease` is 0ns and must be from 200ms to 86400s"),
+            (RelayConfig { poll_interval: day + LEASE_MIN, ..config() }, "`poll_interval`"),
+            (RelayConfig { poll_interval: Duration::ZERO, ..config() }, "`poll_interval`"),
+            (RelayConfig { drain: Duration::MAX, ..config() }, "`drain`"),
+            (backoff(retry.backoff_min, Duration::MAX), "`backoff_max`"),
+            (backoff(Duration::MAX, Duration::MAX), "`backoff_max`"),
+            (backoff(day, LEASE_MIN), "`backoff_min` is 86400s and must be from 0ns to 200ms"),
+            (RelayConfig { window_bytes: 0, ..config() }, "`window_bytes` is 0 and"),
+            (RelayConfig { retry: RetryPolicy { attempts: 0, ..retry }, ..config() }, "`attempts` is 0 and"),
+        ] {
+            let error = wrong.validate().unwrap_err().to_string();
+            assert!(error.starts_with(named), "{error}");
+        }
+        RelayConfig { lease: day, poll_interval: day, drain: day, ..backoff(day, day) }.validate().unwrap();
+        RelayConfig { retention: Some(Duration::MAX), ..backoff(Duration::ZERO, Duration::ZERO) }.validate().unwrap();
     }
 }
