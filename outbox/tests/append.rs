@@ -198,7 +198,7 @@ async fn what_is_no_database_of_ours_is_said_so() {
     let missing = open("missing.db").await;
     assert_eq!(missing.kind(), LogErrorKind::Schema);
     assert!(
-        missing.to_string().contains("missing.db") && missing.to_string().contains("cannot be opened"),
+        missing.to_string().contains("missing.db") && missing.to_string().contains("run `outbus migrate`"),
         "{missing}"
     );
     std::fs::write(path("text.db"), "this is a text, and long enough to be read as a page ".repeat(100)).unwrap();

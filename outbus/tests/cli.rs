@@ -150,8 +150,8 @@ fn what_is_no_outbox_is_said_so_with_status_2() {
     folder.write("empty.db", "");
     let bus = folder.bus_url();
     for (url, named) in [
-        ("sqlite:missing.db", "missing.db"),
-        ("sqlite:text.db", "not a SQLite database"),
+        ("sqlite:missing.db", "missing.db: there is no such file: run `outbus migrate`"),
+        ("sqlite:text.db", "text.db: the file is not a SQLite database"),
         ("sqlite:empty.db", "run `outbus migrate`"),
         ("sqlite::memory:", "needs a file"),
         ("mysql://localhost/x", "sqlite:"),
@@ -166,6 +166,10 @@ fn what_is_no_outbox_is_said_so_with_status_2() {
         }
     }
     assert!(!folder.path("missing.db").exists(), "only demo and migrate create anything");
+    for command in ["migrate", "demo"] {
+        let ran = folder.run(&[command, "--database", "sqlite:text.db"]).is(2);
+        assert!(ran.stderr.contains("text.db: the file is not a SQLite database"), "{command}: {}", ran.stderr);
+    }
     let read_only =
         folder.run_with_input(&["append", "--database", "sqlite:shop.db?mode=ro"], lines("a", 1).as_bytes());
     assert!(read_only.is(1).stderr.contains("read-only"));

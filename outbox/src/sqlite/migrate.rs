@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use bus_core::LogId;
 use sqlx::{AssertSqlSafe, Connection, Row as _, SqliteConnection, sqlite::SqliteConnectOptions};
 
-use super::{Tables, log_error, open};
+use super::{Tables, log_error, of_file, open};
 use crate::{LogError, LogErrorKind};
 
 /// The steps in order. One that was released is never changed; what is new is a new step.
@@ -39,7 +39,13 @@ fn latest() -> i64 {
 /// [`Schema`](LogErrorKind::Schema) if the tables are newer than this build, or the file is no database.
 pub async fn migrate(options: &SqliteConnectOptions, tables: &Tables) -> Result<Vec<&'static str>, LogError> {
     let mut connection = open(&options.clone().create_if_missing(true)).await?;
-    sqlx::raw_sql("PRAGMA journal_mode = WAL").execute(&mut connection).await.map_err(log_error)?;
+    let taken = bring_up_to_date(&mut connection, tables).await.map_err(|error| of_file(options, error))?;
+    connection.close().await.map_err(log_error)?;
+    Ok(taken)
+}
+
+async fn bring_up_to_date(connection: &mut SqliteConnection, tables: &Tables) -> Result<Vec<&'static str>, LogError> {
+    sqlx::raw_sql("PRAGMA journal_mode = WAL").execute(&mut *connection).await.map_err(log_error)?;
     let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await.map_err(log_error)?;
     execute(&mut transaction, tables, CREATE_MIGRATION).await?;
     let current = version(&mut transaction, tables).await?;
@@ -54,7 +60,6 @@ pub async fn migrate(options: &SqliteConnectOptions, tables: &Tables) -> Result<
     let register = sqlx::query(tables.sql(REGISTER_LOG)).bind(LogId::random().to_string());
     register.execute(&mut *transaction).await.map_err(log_error)?;
     transaction.commit().await.map_err(log_error)?;
-    connection.close().await.map_err(log_error)?;
     Ok(taken)
 }
 

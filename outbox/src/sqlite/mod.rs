@@ -70,8 +70,8 @@ impl SqliteLog {
         check_sink(sink)?;
         let log = Self::closed(options, tables, sink)?;
         let mut connection = log.writer.lock().await?;
-        migrate::check(connection.get(), &log.tables).await?;
-        check_is_writable(connection.get()).await?;
+        migrate::check(connection.get(), &log.tables).await.map_err(|error| of_file(options, error))?;
+        check_is_writable(connection.get()).await.map_err(|error| of_file(options, error))?;
         drop(connection);
         Ok(log)
     }
@@ -84,7 +84,7 @@ impl SqliteLog {
     pub async fn open_admin(options: &SqliteConnectOptions, tables: Tables) -> Result<Self, LogError> {
         let log = Self::closed(options, tables, "")?;
         let mut connection = log.reader.lock().await?;
-        migrate::check(connection.get(), &log.tables).await?;
+        migrate::check(connection.get(), &log.tables).await.map_err(|error| of_file(options, error))?;
         drop(connection);
         Ok(log)
     }
@@ -164,9 +164,19 @@ impl Slot {
     async fn lock(&self) -> Result<Held<'_>, LogError> {
         let mut guard = self.connection.lock().await;
         if guard.is_none() {
-            *guard = Some(open(&self.options).await?);
+            *guard = Some(open(&self.options).await.map_err(|error| self.missing(error))?);
         }
         Ok(Held(guard))
+    }
+
+    /// SQLite does not tell a file that is not there from one that may not be opened.
+    fn missing(&self, error: LogError) -> LogError {
+        let file = self.options.get_filename();
+        if error.kind() != LogErrorKind::Schema || file.exists() {
+            return error;
+        }
+        let message = format!("{}: there is no such file: run `outbus migrate`", file.display());
+        LogError::with_source(LogErrorKind::Schema, message, error)
     }
 }
 
@@ -185,11 +195,12 @@ impl Held<'_> {
 }
 
 pub(super) async fn open(options: &SqliteConnectOptions) -> Result<SqliteConnection, LogError> {
-    let file = options.get_filename().display().to_string();
-    SqliteConnection::connect_with(options).await.map_err(|error| {
-        let error = log_error(error);
-        LogError::with_source(error.kind(), format!("{file}: {error}"), error)
-    })
+    SqliteConnection::connect_with(options).await.map_err(|error| of_file(options, log_error(error)))
+}
+
+/// The error, with the file's name before it.
+fn of_file(options: &SqliteConnectOptions, error: LogError) -> LogError {
+    LogError::with_source(error.kind(), format!("{}: {error}", options.get_filename().display()), error)
 }
 
 /// The one place where SQLite's errors get their kind: also for code that uses the database beside the outbox.
