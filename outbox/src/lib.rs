@@ -26,9 +26,9 @@ pub use cursor::{Cursor, HOLE_RANGES_MAX};
 pub use error::{AppendError, AppendErrorReason, LogError, LogErrorKind};
 pub use lanes::{Counts, OnFailure};
 pub use log::{
-    Acquire, Acquisition, Blocked, Change, DeadColumns, DeadRow, DeadState, EventKey, InvalidRow, Lease, LogAdmin,
-    LogSource, Owned, Page, PageLimit, Probe, Pruned, ReadRows, Request, RequestKind, RequestProgress, Row, Selected,
-    SetAside, Sink, SinkStatus, Start,
+    Acquire, Acquisition, Blocked, Change, DeadColumns, DeadRest, DeadRow, DeadState, EventKey, InvalidRow, Lease,
+    LogAdmin, LogSource, Owned, Page, PageLimit, Probe, Pruned, ReadRows, Request, RequestKind, RequestProgress, Row,
+    Selected, SetAside, Sink, SinkStatus, Start,
 };
 pub use relay::{LEASE_MIN, Progress, Relay, RelayConfig, RelayError, RelayEvent, RelaySummary, SPAN_MAX};
 #[cfg(feature = "sqlite")]

@@ -311,6 +311,26 @@ pub struct DeadColumns {
     pub key: Option<String>,
     /// Its type.
     pub event_type: String,
+    /// Everything else, of a row that is no valid event: one that is has it there.
+    pub rest: Option<DeadRest>,
+}
+
+/// What stands in the other columns of a set-aside row that is no valid event. Text that is no UTF-8 has replacement
+/// characters.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DeadRest {
+    /// Its source.
+    pub source: String,
+    /// Its subject.
+    pub subject: Option<String>,
+    /// The data's type.
+    pub content_type: String,
+    /// What should be a JSON object of its extensions.
+    pub extensions: Option<String>,
+    /// Its time, as it stands there.
+    pub time: String,
+    /// Its data.
+    pub data: Vec<u8>,
 }
 
 /// Which set-aside events are meant.

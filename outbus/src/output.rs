@@ -10,6 +10,9 @@ use serde::Serialize;
 
 use crate::cli::Format;
 
+/// Longest text in a column whose contents anybody chooses.
+const COLUMN_MAX: usize = 60;
+
 /// Whether stderr shows colours: only on a terminal, and not where `NO_COLOR` asks for none.
 pub(crate) fn has_colour() -> bool {
     io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
@@ -51,7 +54,7 @@ impl Table {
     }
 
     pub(crate) fn row(&mut self, cells: Vec<String>) {
-        self.rows.push(cells);
+        self.rows.push(cells.iter().map(|cell| printable(cell)).collect());
     }
 
     pub(crate) fn render(&self) -> String {
@@ -65,6 +68,27 @@ impl Table {
             cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
         };
         self.rows.iter().map(render).collect::<Vec<_>>().join("\n")
+    }
+}
+
+/// Text with its control characters escaped: anybody's key must not move a cursor or break a table.
+pub(crate) fn printable(text: &str) -> String {
+    let mut printable = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() {
+            printable.extend(c.escape_default());
+        } else {
+            printable.push(c);
+        }
+    }
+    printable
+}
+
+/// Text that is cut where it is longer than a column should be.
+pub(crate) fn cut(text: &str) -> String {
+    match text.char_indices().nth(COLUMN_MAX) {
+        Some((at, _)) => format!("{}…", &text[..at]),
+        None => text.to_owned(),
     }
 }
 
@@ -110,6 +134,15 @@ mod tests {
         table.row(vec!["main".into(), "7".into()]);
         table.row(vec!["verylong".into(), String::new()]);
         assert_eq!(table.render(), "sink      backlog\nmain      7\nverylong");
+    }
+
+    #[test]
+    fn what_anybody_chose_neither_breaks_nor_widens_a_table() {
+        let mut table = Table::new(&["key", "type"]);
+        table.row(vec!["k\n4\u{1b}[2J\u{9b}ä".into(), "t".into()]);
+        assert_eq!(table.render().lines().nth(1), Some("k\\n4\\u{1b}[2J\\u{9b}ä  t"));
+        assert_eq!(cut(&"ä".repeat(61)), format!("{}…", "ä".repeat(60)));
+        assert_eq!(cut(&"ä".repeat(60)), "ä".repeat(60));
     }
 
     #[test]

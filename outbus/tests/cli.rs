@@ -273,7 +273,9 @@ fn events_that_are_set_aside_are_listed_shown_retried_and_discarded() {
     assert_eq!(shown["dead"][0]["event"]["data"], serde_json::json!({"total": 5.00}));
     let text = folder.run(&with(&["dead", "list"], &SHOP)).ok().stdout;
     assert!(text.lines().count() == 4 && text.contains("behind"), "{text}");
-    folder.run(&with(&["dead", "show", "nobody"], &SHOP)).is(1);
+    assert_eq!(folder.run(&with(&["dead", "show", "nobody"], &SHOP)).is(1).stdout, "");
+    let none = folder.run(&with(&["dead", "show", "--reason", "nobody"], &SHOP)).ok().stdout;
+    assert_eq!(none, "nothing is set aside\n");
     assert_eq!((&folder.status()["parked"], &folder.status()["backlog"]), (&3.into(), &0.into()));
 
     // Discarding the head and mending nothing else: the rest of the key can go.
@@ -286,6 +288,45 @@ fn events_that_are_set_aside_are_listed_shown_retried_and_discarded() {
     let discarded = folder.run(&with(&["dead", "discard", "--all", "--output", "json"], &SHOP)).ok().json();
     assert_eq!(discarded["requests"][0]["done"], 1);
     assert_eq!(folder.run(&list).ok().json()["dead"], serde_json::json!([]));
+}
+
+/// What an operator must see to decide. Catches the mutants that show only valid events, and a row's text as it is.
+#[test]
+fn a_row_that_is_no_event_is_shown_with_its_columns() {
+    let folder = Folder::migrated();
+    let insert = "INSERT INTO outbus_outbox (id, topic, key, type, source, subject, extensions, time, data) VALUES \
+         ('text', 'orders', 'k' || char(27) || '[2J' || char(10), 'b c', '/shop', 'order/7', '{\"a\":\"1\"}', 5, 'total ' || char(27)), \
+         ('bytes', 'orders', printf('%.2000c', 'k'), '', '/shop', NULL, NULL, 'noon', x'ff00')";
+    sql(&folder, insert);
+    let bus = folder.bus_url();
+    folder.run(&with(&["relay", "--once", "--bus", &bus], &SHOP)).is(1);
+
+    let show = with(&["dead", "show", "--all"], &SHOP);
+    let dead = folder.run(&with(&show, &["--output", "json"])).ok().json()["dead"].clone();
+    let row = &dead[0]["row"];
+    for (name, value) in [
+        ("source", "/shop"),
+        ("subject", "order/7"),
+        ("content_type", "application/json"),
+        ("extensions", "{\"a\":\"1\"}"),
+        ("time", "5"),
+        ("data", "total \u{1b}"),
+    ] {
+        assert_eq!(row[name], value, "{name}");
+    }
+    assert!(row["problem"].as_str().is_some_and(|problem| problem.starts_with("`type`")), "{row}");
+    assert_eq!((&dead[0]["type"], &dead[0]["key"]), (&"b c".into(), &"k\u{1b}[2J\n".into()));
+    assert_eq!((&dead[1]["row"]["time"], &dead[1]["row"]["data_base64"]), (&"noon".into(), &"/wA=".into()));
+    let text = folder.run(&show).ok().stdout;
+    for named in
+        ["no valid event: `type`", "order/7", "total \\u{1b}", "{\"a\":\"1\"}", "k\\u{1b}[2J\\n", "noon", "/wA="]
+    {
+        assert!(text.contains(named), "{named}: {text}");
+    }
+    let list = folder.run(&with(&["dead", "list"], &SHOP)).ok().stdout;
+    assert_eq!(list.lines().count(), 3, "{list}");
+    assert!(list.lines().all(|line| line.len() < 400) && list.contains("k\\u{1b}[2J\\n"), "{list}");
+    assert!(!(text + &list).chars().any(|c| c.is_control() && c != '\n'), "nothing reaches the terminal");
 }
 
 #[test]

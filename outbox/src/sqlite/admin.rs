@@ -8,7 +8,7 @@ use sqlx::{AssertSqlSafe, Connection, Row as _, SqliteConnection, sqlite::Sqlite
 
 use super::{SqliteLog, database_now, log_error, rows::COLUMNS};
 use crate::{
-    Blocked, DeadColumns, DeadRow, DeadState, InvalidRow, LogAdmin, LogError, LogErrorKind, Request, RequestKind,
+    Blocked, DeadColumns, DeadRest, DeadRow, DeadState, LogAdmin, LogError, LogErrorKind, Request, RequestKind,
     RequestProgress, Selected, Sink, SinkStatus,
     rows::{Decoder, LOG, parse},
 };
@@ -386,15 +386,28 @@ fn dead_row(decoder: &mut Decoder, row: &SqliteRow) -> Result<DeadRow, LogError>
         "retrying" => DeadState::Retrying,
         _ => DeadState::Parked,
     };
-    let text = |column: usize| row.try_get_unchecked::<String, _>(column).unwrap_or_default();
+    // SQLite keeps anything in any column: it is read as the bytes it would be written with.
+    let bytes = |column: usize| row.try_get_unchecked::<Option<Vec<u8>>, _>(column).ok().flatten();
+    let optional = |column: usize| bytes(column).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    let text = |column: usize| optional(column).unwrap_or_default();
+    let rest = decoded.event.is_err().then(|| DeadRest {
+        source: text(5),
+        subject: optional(6),
+        content_type: text(7),
+        extensions: optional(8),
+        time: text(9),
+        data: bytes(10).unwrap_or_default(),
+    });
     Ok(DeadRow {
         seq: decoded.seq,
-        event: decoded.event.map_err(|invalid: InvalidRow| invalid),
+        event: decoded.event,
         columns: DeadColumns {
             id: text(1),
             topic: text(2),
+            // What is no text is nobody's key.
             key: row.try_get_unchecked(3).unwrap_or_default(),
             event_type: text(4),
+            rest,
         },
         state,
         parked: row.get::<i64, _>(12) == 1,

@@ -5,19 +5,22 @@ use std::{
     time::{Duration, Instant},
 };
 
+use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use bus_core::{Event, Seq};
-use outbox::{DeadRow, LogAdmin, RequestKind, Selected, SqliteLog};
+use outbox::{DeadRest, DeadRow, LogAdmin, RequestKind, Selected, SqliteLog};
 use serde::Serialize;
 
 use crate::{
     cli::{DatabaseArgs, DeadCommand, DeadSelection, Format},
     config::Config,
     failure::Failure,
-    output::{self, Table},
+    output::{self, Table, cut, printable},
 };
 
 /// Rows read at once.
 const PAGE: usize = 500;
+/// What is said where no event is meant.
+const NOTHING: &str = "nothing is set aside";
 /// Pause between two looks at whether a request is done.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -37,6 +40,26 @@ struct Dead {
     time: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     event: Option<Event>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    row: Option<InvalidRow>,
+}
+
+/// What else stands in a row that is no valid event, by the names of its columns.
+#[derive(Serialize)]
+struct InvalidRow {
+    /// Why it is none.
+    problem: String,
+    source: String,
+    subject: Option<String>,
+    content_type: String,
+    extensions: Option<String>,
+    time: String,
+    /// Where it is text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data: Option<String>,
+    /// Where it is not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_base64: Option<String>,
 }
 
 #[derive(Serialize)]
@@ -128,11 +151,18 @@ async fn list(
     })
     .await?;
     let list = DeadList { dead };
-    output::result(format, &list, |list| if whole { details(list) } else { table(list) })?;
+    // Of ids that were named and are not there, an error tells.
+    if format == Format::Json || !list.dead.is_empty() || selected.ids.is_none() {
+        output::result(format, &list, |list| if whole { details(list) } else { table(list) })?;
+    }
     Ok(list.dead.into_iter().map(|dead| dead.id).collect())
 }
 
 fn entry(row: DeadRow, whole: bool) -> Dead {
+    let (event, invalid) = match row.event {
+        Ok(event) => (Some(event), None),
+        Err(invalid) => (None, row.columns.rest.map(|rest| invalid_row(invalid.error.to_string(), rest))),
+    };
     Dead {
         id: row.columns.id,
         seq: row.seq.0,
@@ -145,22 +175,32 @@ fn entry(row: DeadRow, whole: bool) -> Dead {
         error: row.error,
         attempts: row.attempts,
         time: row.at.to_string(),
-        event: row.event.ok().filter(|_| whole),
+        event: event.filter(|_| whole),
+        row: invalid.filter(|_| whole),
     }
+}
+
+fn invalid_row(problem: String, rest: DeadRest) -> InvalidRow {
+    let DeadRest { source, subject, content_type, extensions, time, data } = rest;
+    let (data, data_base64) = match String::from_utf8(data) {
+        Ok(text) => (Some(text), None),
+        Err(error) => (None, Some(BASE64.encode(error.as_bytes()))),
+    };
+    InvalidRow { problem, source, subject, content_type, extensions, time, data, data_base64 }
 }
 
 fn table(list: &DeadList) -> String {
     if list.dead.is_empty() {
-        return "nothing is set aside".to_owned();
+        return NOTHING.to_owned();
     }
     let mut table = Table::new(&["id", "sink", "topic", "key", "type", "state", "reason", "attempts", "error"]);
     for dead in &list.dead {
         table.row(vec![
             dead.id.clone(),
             dead.sink.clone(),
-            dead.topic.clone(),
-            dead.key.clone().unwrap_or_else(|| "-".to_owned()),
-            dead.r#type.clone(),
+            cut(&dead.topic),
+            dead.key.as_deref().map_or_else(|| "-".to_owned(), cut),
+            cut(&dead.r#type),
             dead.state.to_owned(),
             dead.reason.clone(),
             dead.attempts.to_string(),
@@ -171,14 +211,41 @@ fn table(list: &DeadList) -> String {
 }
 
 fn details(list: &DeadList) -> String {
+    if list.dead.is_empty() {
+        return NOTHING.to_owned();
+    }
     let detail = |dead: &Dead| {
-        let event = dead.event.as_ref().map_or_else(|| "(no valid event)".to_owned(), Event::to_json);
         let Dead { id, sink, seq, state, reason, error, attempts, time, .. } = dead;
-        format!(
-            "{id}\n  sink {sink}, place {seq}, {state} since {time}, {attempts} attempts\n  {reason}: {error}\n  {event}"
-        )
+        let mut lines = vec![
+            id.clone(),
+            format!("  sink {sink}, place {seq}, {state} since {time}, {attempts} attempts"),
+            format!("  {reason}: {error}"),
+        ];
+        lines.extend(dead.event.as_ref().map(|event| format!("  {}", event.to_json())));
+        lines.extend(dead.row.iter().flat_map(|row| columns(dead, row)));
+        lines.iter().map(|line| printable(line)).collect::<Vec<_>>().join("\n")
     };
     list.dead.iter().map(detail).collect::<Vec<_>>().join("\n")
+}
+
+/// A row that is no valid event, a line per column, so that an operator can see what it was meant to be.
+fn columns(dead: &Dead, row: &InvalidRow) -> Vec<String> {
+    let columns = [
+        ("topic", Some(&dead.topic)),
+        ("key", dead.key.as_ref()),
+        ("type", Some(&dead.r#type)),
+        ("source", Some(&row.source)),
+        ("subject", row.subject.as_ref()),
+        ("content_type", Some(&row.content_type)),
+        ("extensions", row.extensions.as_ref()),
+        ("time", Some(&row.time)),
+        ("data", row.data.as_ref()),
+        ("data_base64", row.data_base64.as_ref()),
+    ];
+    let mut lines = vec![format!("  no valid event: {}", row.problem)];
+    let set = columns.iter().filter_map(|(name, value)| value.map(|value| format!("    {name:<12}  {value}")));
+    lines.extend(set);
+    lines
 }
 
 /// An id that was named and is not there is a failure.
@@ -263,7 +330,7 @@ async fn follow(admin: &SqliteLog, outcome: &mut Outcome, deadline: Instant) -> 
 
 fn outcomes_text(outcomes: &Outcomes, kind: RequestKind) -> String {
     if outcomes.requests.is_empty() {
-        return "nothing is set aside".to_owned();
+        return NOTHING.to_owned();
     }
     let verb = match kind {
         RequestKind::Retry => "published again",
