@@ -116,7 +116,7 @@ pub(crate) struct AppendArgs {
     pub(crate) database: DatabaseArgs,
     #[command(flatten)]
     pub(crate) input: InputArgs,
-    /// Events of one transaction, at most.
+    /// Events of one transaction, at most; one of 32 MiB, or that waits for input, is committed as it is.
     #[arg(long, default_value_t = 1_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub(crate) per_tx: u32,
 }

@@ -4,10 +4,14 @@ use std::{
     fs::File,
     io::{self, BufRead, BufReader, Read},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use bus_core::Event;
-use tokio::sync::mpsc;
+use tokio::{
+    runtime::Handle,
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc},
+};
 
 use crate::{cli::InputArgs, failure::Failure};
 
@@ -15,12 +19,17 @@ use crate::{cli::InputArgs, failure::Failure};
 const LINE_BYTES_MAX: u64 = 16 << 20;
 /// Lines read ahead.
 const LINES_AHEAD: usize = 1_024;
+/// Bytes of their events, roughly.
+const BYTES_AHEAD: usize = 4 << 20;
 
 /// An event, and the number of the line it was read from.
 pub(crate) struct Line {
     pub(crate) number: u64,
     pub(crate) event: Event,
 }
+
+/// A line, or why there are no more, and the room it took while it waited.
+pub(crate) type Ahead = (Result<Line, Failure>, OwnedSemaphorePermit);
 
 /// Where events are read from.
 #[derive(Clone, Debug)]
@@ -38,17 +47,20 @@ impl Input {
     }
 
     /// Starts to read on a thread of its own, so that a signal is heard while nothing comes.
-    pub(crate) fn lines(self) -> Result<mpsc::Receiver<Result<Line, Failure>>, Failure> {
+    pub(crate) fn lines(self) -> Result<mpsc::Receiver<Ahead>, Failure> {
         let reader: Box<dyn Read + Send> = match &self {
             Self::Stdin => Box::new(io::stdin()),
             Self::File(path) => Box::new(open(path)?),
         };
         let (sender, receiver) = mpsc::channel(LINES_AHEAD);
+        let (room, runtime) = (Arc::new(Semaphore::new(BYTES_AHEAD)), Handle::current());
         std::thread::spawn(move || {
             let mut lines = Lines { reader: BufReader::with_capacity(1 << 16, reader), number: 0 };
             while let Some(line) = lines.next_event() {
                 let ends = line.is_err();
-                if sender.blocking_send(line).is_err() || ends {
+                let bytes = line.as_ref().map_or(0, |line| line.event.size_bytes().min(BYTES_AHEAD));
+                let Ok(room) = runtime.block_on(Arc::clone(&room).acquire_many_owned(bytes as u32)) else { return };
+                if sender.blocking_send((line, room)).is_err() || ends {
                     return;
                 }
             }
@@ -58,7 +70,13 @@ impl Input {
 }
 
 fn open(path: &Path) -> Result<File, Failure> {
-    File::open(path).map_err(|error| Failure::usage("input", format!("cannot read {}: {error}", path.display())))
+    let wrong = |problem: String| Failure::usage("input", format!("cannot read {}: {problem}", path.display()));
+    let file = File::open(path).map_err(|error| wrong(error.to_string()))?;
+    // A folder can be opened, and fails only when it is read.
+    if file.metadata().is_ok_and(|metadata| metadata.is_dir()) {
+        return Err(wrong("it is a folder".to_owned()));
+    }
+    Ok(file)
 }
 
 struct Lines<R> {
@@ -99,6 +117,8 @@ impl<R: BufRead> Lines<R> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     fn read(text: &[u8]) -> Vec<Result<u64, String>> {
@@ -129,6 +149,25 @@ mod tests {
         assert_eq!(read[0], Ok(1));
         let message = read[1].as_ref().unwrap_err();
         assert!(message.starts_with("line 2: `topic`"), "{message}");
+    }
+
+    /// Catches the mutant that counts lines alone: it reads on, to a gigabyte of large events.
+    #[tokio::test]
+    async fn what_is_read_ahead_is_bounded_by_bytes() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        for _ in 0..20 {
+            writeln!(file, "{{\"topic\":\"o\",\"type\":\"t\",\"data\":\"{}\"}}", "x".repeat(900_000)).unwrap();
+        }
+        let mut lines = Input::File(file.path().to_owned()).lines().unwrap();
+        let (mut waiting, mut read) = (0, 0);
+        while lines.recv().await.is_some() {
+            read += 1;
+            // Time for the reader to go as far as it may.
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+            waiting = waiting.max(lines.len());
+        }
+        assert_eq!(read, 20, "all of them come");
+        assert!((1..=4).contains(&waiting), "{waiting} lines waited");
     }
 
     #[test]

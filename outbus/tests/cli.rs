@@ -329,6 +329,16 @@ fn a_row_that_is_no_event_is_shown_with_its_columns() {
     assert!(!(text + &list).chars().any(|c| c.is_control() && c != '\n'), "nothing reaches the terminal");
 }
 
+/// Catches the mutant that counts events alone: all of it stood in memory until the bad line came.
+#[test]
+fn a_transaction_of_append_is_bounded_by_bytes() {
+    let folder = Folder::migrated();
+    let large = format!("{{\"topic\":\"orders\",\"type\":\"t\",\"data\":\"{}\"}}\n", "x".repeat(900_000));
+    let args = with(&["append", "--output", "json"], &SHOP);
+    let error = folder.run_with_input(&args, (large.repeat(50) + "{}\n").as_bytes()).is(1).error();
+    assert_eq!((&error["line"], &error["committed"]), (&51.into(), &38.into()), "{error}");
+}
+
 #[test]
 fn a_second_relay_is_a_standby_and_signals_drain() {
     let folder = Folder::migrated();

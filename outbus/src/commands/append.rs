@@ -16,13 +16,19 @@ use crate::{
     config::Config,
     database::Database,
     failure::Failure,
-    input::{Input, Line},
+    input::{Ahead, Input, Line},
     output,
     shutdown::shutdown,
 };
 
 /// How long an unfinished transaction waits for more input: a live pipe is not kept waiting.
 const IDLE: Duration = Duration::from_millis(500);
+
+/// A transaction ends at so many bytes of events, however few they are.
+///
+/// They are read before it begins, so that the database is not locked while input is awaited: without this, a thousand
+/// events of a megabyte would stand in memory. `--per-tx` is a most, and a pause in the input ends a transaction too.
+const TRANSACTION_BYTES: usize = 32 << 20;
 
 #[derive(Serialize)]
 struct Appended {
@@ -66,19 +72,24 @@ struct Batch {
 /// The lines of the next transaction: full, or what there is when no more comes for a while. A signal ends it with what
 /// was read.
 async fn next_batch(
-    lines: &mut mpsc::Receiver<Result<Line, Failure>>,
+    lines: &mut mpsc::Receiver<Ahead>,
     max: usize,
     mut stop: Pin<&mut impl Future<Output = ()>>,
 ) -> Result<Batch, Failure> {
     let mut batch = Batch { lines: Vec::new(), is_last: false };
-    while batch.lines.len() < max {
+    let mut bytes = 0;
+    while batch.lines.len() < max && bytes < TRANSACTION_BYTES {
         let idle = if batch.lines.is_empty() { Duration::MAX } else { IDLE };
         let line = tokio::select! {
             line = timeout(idle, lines.recv()) => line,
             () = stop.as_mut() => Ok(None),
         };
         match line {
-            Ok(Some(line)) => batch.lines.push(line?),
+            Ok(Some((line, _))) => {
+                let line = line?;
+                bytes += line.event.size_bytes();
+                batch.lines.push(line);
+            }
             Ok(None) => {
                 batch.is_last = true;
                 break;

@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use crate::{
     database::Database,
     failure::Failure,
-    input::{Input, Line},
+    input::{Ahead, Input, Line},
 };
 
 const CREATE: &str = "CREATE TABLE IF NOT EXISTS demo_order (id TEXT PRIMARY KEY, version INTEGER NOT NULL)";
@@ -131,7 +131,7 @@ pub(super) enum Trade {
     /// Made up, until so many are committed.
     MadeUp(u64),
     /// A file's, in transactions of a few.
-    Lines(mpsc::Receiver<Result<Line, Failure>>),
+    Lines(mpsc::Receiver<Ahead>),
 }
 
 impl Trade {
@@ -156,7 +156,7 @@ impl Trade {
             Self::Lines(lines) => {
                 let mut batch = Vec::new();
                 lines.recv_many(&mut batch, EVENTS_PER_TRANSACTION).await;
-                let batch: Result<Vec<Line>, Failure> = batch.into_iter().collect();
+                let batch: Result<Vec<Line>, Failure> = batch.into_iter().map(|(line, _)| line).collect();
                 let batch = batch.map_err(|failure| failure.after(shop.committed))?;
                 if batch.is_empty() {
                     return Ok(None);
