@@ -329,6 +329,36 @@ fn a_row_that_is_no_event_is_shown_with_its_columns() {
     assert!(!(text + &list).chars().any(|c| c.is_control() && c != '\n'), "nothing reaches the terminal");
 }
 
+/// Its events would count as invented, or as lost beside a relay that publishes them elsewhere.
+#[test]
+fn the_demo_refuses_an_outbox_that_is_in_use() {
+    let folder = Folder::migrated();
+    let demo = with(&["demo", "--events", "50"], &SHOP);
+    folder.append("a", 3);
+    let refused = folder.run(&demo).is(2).stderr;
+    assert!(refused.contains("shop.db: 3 events of before") && refused.contains("another file"), "{refused}");
+    let bus = folder.bus_url();
+    let relay = with(&["relay", "--bus", &bus], &SHOP);
+    folder.run(&with(&relay, &["--once"])).ok();
+    folder.run(&demo).ok();
+
+    let mut owner = folder.command(&relay).spawn().expect("it starts");
+    let mut says = BufReader::new(owner.stderr.take().expect("it is piped")).lines();
+    assert!(says.next().expect("a line").expect("text").contains("owner of outbox"));
+    let refused = folder.run(&demo).is(2).stderr;
+    assert!(refused.contains("shop.db: the relay ") && refused.contains("stop it"), "{refused}");
+    signal(owner.id(), "TERM");
+    finish(owner).ok();
+    folder.run(&demo).ok();
+}
+
+#[test]
+fn a_demo_too_short_to_kill_its_relay_says_so() {
+    let demo = Folder::new().run(&["demo", "--events", "1", "--kill-relay", "--seed", "1", "--output", "json"]).ok();
+    let was_killed = demo.json()["kills"].as_u64() > Some(0);
+    assert_ne!(demo.stderr.contains("too short to kill"), was_killed, "{demo:?}");
+}
+
 /// Catches the mutant that counts events alone: all of it stood in memory until the bad line came.
 #[test]
 fn a_transaction_of_append_is_bounded_by_bytes() {

@@ -28,6 +28,8 @@ use shop::{Shop, Trade};
 
 /// The consumer groups, each of which must see every event.
 const GROUPS: [&str; 2] = ["billing", "shipping"];
+/// The sink of the demo's relay.
+const SINK: &str = "main";
 /// A lease this short is over soon after its relay was killed.
 const KILLED_LEASE: Duration = Duration::from_millis(300);
 /// How long a relay lives that is to be killed, at most.
@@ -81,6 +83,9 @@ pub(super) async fn run(args: DemoArgs, format: Format) -> Result<(), Failure> {
     bar.finish_and_clear();
     let demo = summary(&shop, &truth?, &ledgers, kills, seed, started);
     output::result(format, &demo, |demo| text(demo, named.as_deref()))?;
+    if args.kill_relay && kills == 0 {
+        output::to_stderr("the run was too short to kill the relay: use more events, as in --events 100000");
+    }
     match demo.lost + demo.reordered + demo.invented {
         0 => Ok(()),
         _ => Err(Failure::runtime(
@@ -260,7 +265,7 @@ impl KillableRelay {
     }
 
     async fn relay(&self) -> Result<Relay, Failure> {
-        let log = outbox::SqliteLog::open(&self.database.options, self.database.tables.clone(), "main").await?;
+        let log = outbox::SqliteLog::open(&self.database.options, self.database.tables.clone(), SINK).await?;
         let mut config = RelayConfig {
             allow_volatile: true,
             retention: None,

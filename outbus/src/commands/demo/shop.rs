@@ -1,11 +1,12 @@
 //! [`Shop`]: an order service that writes its orders and appends their events in one transaction.
 
 use bus_core::{Event, Seq, SeqSet};
-use outbox::{Outbox, OutboxConfig, sqlite_error};
+use outbox::{LogAdmin as _, Outbox, OutboxConfig, SinkStatus, sqlite_error};
 use serde_json::json;
 use sqlx::{Row as _, Sqlite, SqlitePool, Transaction};
 use tokio::sync::mpsc;
 
+use super::SINK;
 use crate::{
     database::Database,
     failure::Failure,
@@ -43,6 +44,7 @@ impl Shop {
         let outbox =
             Outbox::sqlite(pool.clone(), OutboxConfig { tables: database.tables.clone(), ..OutboxConfig::default() });
         outbox.migrate().await?;
+        check_is_settled(database).await?;
         sqlx::query(CREATE).execute(&pool).await.map_err(away)?;
         let before: i64 = sqlx::query_scalar(LAST).fetch_one(&pool).await.map_err(away)?;
         Ok(Self {
@@ -116,6 +118,31 @@ impl Shop {
     pub(super) async fn committed_seqs(&self) -> Result<SeqSet, Failure> {
         let rows = sqlx::query(COMMITTED).bind(self.before.0 as i64).fetch_all(&self.pool).await.map_err(away)?;
         Ok(rows.iter().map(|row| Seq(row.get::<i64, _>(0).unsigned_abs())).collect())
+    }
+}
+
+/// Refuses an outbox that others publish, or whose events of before the demo would take for its own.
+async fn check_is_settled(database: &Database) -> Result<(), Failure> {
+    let file = database.options.get_filename().display().to_string();
+    let used = |what: String| Err(Failure::usage("demo_database", format!("{file}: {what}, or name another file")));
+    let logs = database.admin().await?.status().await?;
+    if let Some(owner) = logs.iter().find_map(|log| log.owner.as_ref()) {
+        return used(format!(
+            "the relay {owner} publishes this outbox: stop it (a killed one counts until its lease ends)"
+        ));
+    }
+    let is_ours = |log: &&SinkStatus| log.sink.as_deref() == Some(SINK);
+    // A sink that is new begins with what no other has settled.
+    let unsettled = match logs.iter().find(is_ours) {
+        Some(log) => log.backlog.max(log.unclaimed) + log.parked + log.dead,
+        None => logs.iter().map(|log| log.backlog.max(log.unclaimed)).max().unwrap_or(0),
+    };
+    match unsettled {
+        0 => Ok(()),
+        events => used(format!(
+            "{events} events of before are not settled: let `outbus relay --once` publish them, and `outbus dead` say \
+             what becomes of those that are set aside"
+        )),
     }
 }
 
