@@ -40,6 +40,12 @@ impl Failure {
         Self { status: Status::Usage, ..Self::runtime(kind, message) }
     }
 
+    /// In the relay of this sink.
+    pub(crate) fn of_sink(mut self, sink: &str) -> Self {
+        self.message = format!("sink {sink}: {}", self.message);
+        self
+    }
+
     /// At this line of input.
     pub(crate) fn at_line(mut self, line: u64) -> Self {
         self.line = Some(line);

@@ -369,6 +369,17 @@ fn a_transaction_of_append_is_bounded_by_bytes() {
     assert_eq!((&error["line"], &error["committed"]), (&51.into(), &38.into()), "{error}");
 }
 
+/// Several relays share a process; one that halts ends the others, and must be known.
+#[test]
+fn a_relay_that_halts_names_its_sink() {
+    let folder = Folder::migrated();
+    sql(&folder, "INSERT INTO outbus_outbox (id, topic, key, type, data) VALUES ('bad', 'orders', 'k', '', '{}')");
+    let bus = folder.bus_url();
+    folder.write("two.toml", &format!("[database]\nurl = \"sqlite:shop.db\"\n[bus]\nurl = \"{bus}\"\n[[relay]]\nsink = \"one\"\n[[relay]]\nsink = \"two\"\non_failure = \"halt\"\n"));
+    let halted = folder.run(&["relay", "--config", "two.toml"]).is(1).stderr;
+    assert!(halted.contains("error: sink two: halted at event 1"), "{halted}");
+}
+
 #[test]
 fn a_second_relay_is_a_standby_and_signals_drain() {
     let folder = Folder::migrated();

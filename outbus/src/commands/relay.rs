@@ -143,9 +143,9 @@ impl Daemon {
             () = &mut stop => return Ok(RelaySummary::default()),
         };
         let mut relay =
-            Relay::new(Arc::new(log), Arc::clone(&self.bus), config)?.observe(observer(sink, self.bar.clone()));
+            Relay::new(Arc::new(log), Arc::clone(&self.bus), config)?.observe(observer(sink.clone(), self.bar.clone()));
         let ended = if self.once { relay.run_once(stop).await } else { relay.run(stop).await };
-        Ok(ended?)
+        ended.map_err(|error| Failure::from(error).of_sink(&sink))
     }
 }
 
