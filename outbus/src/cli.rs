@@ -1,9 +1,18 @@
 //! What can be said on the command line.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use bus_core::url_options::parse_duration;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{
+    Args, Parser, Subcommand, ValueEnum,
+    error::{ContextKind, ContextValue},
+};
+use outbox::SPAN_MAX;
+
+use crate::failure::{self, Failure};
+
+/// Commands that a later build has.
+const LATER: [&str; 8] = ["publish", "consume", "topics", "groups", "pause", "resume", "replay", "config"];
 
 /// Carries domain events from a service's database to other services.
 #[derive(Debug, Parser)]
@@ -21,7 +30,7 @@ pub(crate) struct Cli {
     pub(crate) output: Format,
 
     /// Configuration file; else $OUTBUS_CONFIG, else ./outbus.toml if it exists.
-    #[arg(long, global = true, env = "OUTBUS_CONFIG", value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
 
     #[command(subcommand)]
@@ -76,8 +85,8 @@ Examples:
 
 #[derive(Debug, Args)]
 pub(crate) struct DatabaseArgs {
-    /// The database: sqlite:relative.db or sqlite:///absolute.db; else from the configuration.
-    #[arg(long, env = "OUTBUS_DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    /// The database: sqlite:relative.db or sqlite:///absolute.db; else $OUTBUS_DATABASE_URL, else from the configuration.
+    #[arg(long, value_name = "URL")]
     pub(crate) database: Option<String>,
 }
 
@@ -127,7 +136,7 @@ pub(crate) struct InputArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "stdin")]
     pub(crate) file: Option<PathBuf>,
     /// `-`: reads the events from standard input.
-    #[arg(value_name = "-", value_parser = ["-"])]
+    #[arg(value_name = "-", value_parser = only_stdin)]
     pub(crate) stdin: Option<String>,
 }
 
@@ -135,8 +144,8 @@ pub(crate) struct InputArgs {
 pub(crate) struct RelayArgs {
     #[command(flatten)]
     pub(crate) database: DatabaseArgs,
-    /// The bus: file:///folder; else from the configuration.
-    #[arg(long, env = "OUTBUS_BUS_URL", hide_env_values = true, value_name = "URL")]
+    /// The bus: file:///folder; else $OUTBUS_BUS_URL, else from the configuration.
+    #[arg(long, value_name = "URL")]
     pub(crate) bus: Option<String>,
     /// Ends when everything committed before the start is settled.
     #[arg(long)]
@@ -213,8 +222,8 @@ pub(crate) struct DeadDiscardArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct WaitArgs {
-    /// How long to wait for the relay to do it.
-    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_time)]
+    /// How long to wait for the relay to do it: a day at most.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_wait)]
     pub(crate) wait: Duration,
 }
 
@@ -232,13 +241,42 @@ pub(crate) enum SinksCommand {
     },
 }
 
+/// Answers a command line that is none, or asks for help.
+pub(crate) fn refused(error: &clap::Error) -> ExitCode {
+    let args: Vec<String> = std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
+    let is_json = args.iter().any(|arg| arg == "--output=json")
+        || args.windows(2).any(|pair| pair[0] == "--output" && pair[1] == "json");
+    let format = if is_json { Format::Json } else { Format::Text };
+    if let Some(ContextValue::String(command)) = error.get(ContextKind::InvalidSubcommand)
+        && LATER.contains(&command.as_str())
+    {
+        return failure::report(&Failure::usage("not_yet", format!("`{command}` is not in this build yet")), format);
+    }
+    if error.use_stderr() && is_json {
+        let text = error.to_string();
+        let problem = text.split("\n\n").next().unwrap_or_default();
+        return failure::report(&Failure::usage("usage", problem.trim_start_matches("error: ")), format);
+    }
+    // Nobody can be told if that fails.
+    let _ = error.print();
+    ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
+}
+
+fn only_stdin(text: &str) -> Result<String, String> {
+    match text {
+        "-" => Ok(text.to_owned()),
+        _ => Err("a file is named with --file".to_owned()),
+    }
+}
+
 fn parse_rate(text: &str) -> Result<u32, String> {
     let number = text.strip_suffix("/s").and_then(|number| number.parse().ok()).filter(|rate| *rate > 0);
     number.ok_or_else(|| "a rate is written 100/s".to_owned())
 }
 
-fn parse_time(text: &str) -> Result<Duration, String> {
-    parse_duration(text).ok_or_else(|| "a time is written with its unit: 500ms, 10s, 5m, 1h, 7d".to_owned())
+fn parse_wait(text: &str) -> Result<Duration, String> {
+    let time = parse_duration(text).ok_or("a time is written with its unit: 500ms, 10s, 5m, 1h, 1d")?;
+    if time <= SPAN_MAX { Ok(time) } else { Err("a day, 1d, is the longest".to_owned()) }
 }
 
 #[cfg(test)]
@@ -256,7 +294,8 @@ mod tests {
     fn rates_and_times_have_units() {
         assert_eq!(parse_rate("100/s"), Ok(100));
         assert!(parse_rate("100").is_err() && parse_rate("0/s").is_err());
-        assert_eq!(parse_time("5m"), Ok(Duration::from_secs(300)));
-        assert!(parse_time("5").is_err());
+        assert_eq!(parse_wait("5m"), Ok(Duration::from_secs(300)));
+        assert_eq!(parse_wait("1d"), Ok(Duration::from_secs(86_400)));
+        assert!(parse_wait("5").is_err() && parse_wait("2d").is_err());
     }
 }

@@ -20,6 +20,21 @@ use crate::{database::Database, failure::Failure};
 
 /// The file that is read where none is named.
 const DEFAULT_FILE: &str = "outbus.toml";
+/// Sections and fields, by their paths, that a later build has.
+const LATER: [&str; 12] = [
+    "http",
+    "consumer",
+    "bus.topology",
+    "bus.replication_factor",
+    "bus.prefix",
+    "bus.ca",
+    "bus.cert",
+    "bus.key",
+    "bus.verify",
+    "bus.kafka",
+    "bus.redis",
+    "database.listen_url",
+];
 
 /// Everything that can be configured.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -29,6 +44,9 @@ pub(crate) struct Config {
     bus: BusConfig,
     topics: BTreeMap<String, TopicSection>,
     relay: Relays,
+    /// The file it was read from, for messages.
+    #[serde(skip)]
+    file: Option<PathBuf>,
 }
 
 #[derive(Clone, Default, Deserialize)]
@@ -151,11 +169,11 @@ struct Size(usize);
 struct Retention(Option<Duration>);
 
 impl Config {
-    /// Reads the file that was named, or the default one if it exists.
-    pub(crate) fn load(named: Option<&PathBuf>) -> Result<Self, Failure> {
+    /// Reads the file that was named, by the flag or the environment, or the default one if it exists.
+    pub(crate) fn load(flag: Option<&Path>) -> Result<Self, Failure> {
         let default = Path::new(DEFAULT_FILE);
-        match named {
-            Some(path) => Self::read(path),
+        match flag.map_or_else(|| variable("OUTBUS_CONFIG").map(PathBuf::from), |flag| Some(flag.to_owned())) {
+            Some(path) => Self::read(&path),
             None if default.exists() => Self::read(default),
             None => Ok(Self::default()),
         }
@@ -164,47 +182,67 @@ impl Config {
     fn read(path: &Path) -> Result<Self, Failure> {
         let wrong = |problem: String| Failure::usage("config", format!("{}: {problem}", path.display()));
         let text = std::fs::read_to_string(path).map_err(|error| wrong(format!("cannot be read: {error}")))?;
-        Self::parse(&text).map_err(wrong)
+        let config = Self::parse(&text).map_err(wrong)?;
+        Ok(Self { file: Some(path.to_owned()), ..config })
+    }
+
+    /// A field of the file that cannot be what it is.
+    pub(crate) fn wrong(&self, problem: impl fmt::Display) -> Failure {
+        let file = self.file.as_ref().map_or_else(String::new, |file| format!("{}: ", file.display()));
+        Failure::usage("config", format!("{file}{problem}"))
     }
 
     /// The error names the field by its path, what was found, and what would be right.
     fn parse(text: &str) -> Result<Self, String> {
-        let document = toml::Deserializer::parse(text).map_err(|error| error.message().to_owned())?;
-        serde_path_to_error::deserialize(document).map_err(|error| match error.path().to_string().as_str() {
-            "." => error.inner().message().to_owned(),
-            path => format!("`{path}`: {}", error.inner().message()),
+        let document = toml::Deserializer::parse(text).map_err(|error| {
+            let (line, column) = position(text, error.span().map_or(0, |span| span.start));
+            format!("line {line}, column {column}: {}", error.message())
+        })?;
+        serde_path_to_error::deserialize(document).map_err(|error| {
+            let (path, message) = (error.path().to_string(), error.inner().message());
+            if LATER.contains(&path.as_str()) && message.starts_with("unknown field") {
+                return format!("`{path}` is not in this build yet");
+            }
+            match path.as_str() {
+                "." => message.to_owned(),
+                path => format!("`{path}`: {message}"),
+            }
         })
     }
 
-    /// The database: the flag's, else the file's.
+    /// The database: the flag's, else the environment's, else the file's.
     pub(crate) fn database(&self, flag: Option<&str>) -> Result<Database, Failure> {
-        let url = flag.or(Some(self.database.url.as_str()).filter(|url| !url.is_empty()));
         let missing = || {
             let message =
                 "no database is named: use --database sqlite:shop.db, OUTBUS_DATABASE_URL, or `[database] url`";
             Failure::usage("database_missing", message)
         };
-        Database::from_url(url.ok_or_else(missing)?)
+        Database::from_url(&setting(flag, "OUTBUS_DATABASE_URL", &self.database.url)?.ok_or_else(missing)?)
     }
 
-    /// The bus: the flag's, else the file's.
+    /// The bus: the flag's, else the environment's, else the file's.
     pub(crate) fn bus(&self, flag: Option<&str>) -> Result<BusConfig, Failure> {
-        let url = flag.unwrap_or(&self.bus.url).to_owned();
-        if url.is_empty() {
+        let missing = || {
             let message = "no bus is named: use --bus file:///var/events, OUTBUS_BUS_URL, or `[bus] url`";
-            return Err(Failure::usage("bus_missing", message));
+            Failure::usage("bus_missing", message)
+        };
+        let url = setting(flag, "OUTBUS_BUS_URL", &self.bus.url)?.ok_or_else(missing)?;
+        match url.split_once(':') {
+            Some(("memory", _)) => {
+                let message = "memory lives in one process; use outbus demo or the library";
+                Err(Failure::usage("bus_memory", message))
+            }
+            Some((scheme @ ("redis" | "rediss" | "amqp" | "amqps" | "kafka" | "kafka+ssl"), _)) => {
+                let message = format!("this build has no {scheme}:// yet: use file:///absolute/folder");
+                Err(Failure::usage("bus_url", message))
+            }
+            _ => Ok(BusConfig { url, ..self.bus.clone() }),
         }
-        if url.starts_with("memory:") {
-            let message = "memory lives in one process; use outbus demo or the library";
-            return Err(Failure::usage("bus_memory", message));
-        }
-        Ok(BusConfig { url, ..self.bus.clone() })
     }
 
     /// Topics and groups that should exist.
     pub(crate) fn topology(&self) -> Result<Topology, Failure> {
-        let wrong =
-            |name: &str, error: bus_core::EventError| Failure::usage("config", format!("`topics.{name}`: {error}"));
+        let wrong = |name: &str, error: bus_core::EventError| self.wrong(format!("`topics.{name}`: {error}"));
         let mut topology = Topology::default();
         for (name, section) in &self.topics {
             let groups: Result<Vec<Group>, _> = section.groups.iter().map(|group| Group::new(group.as_str())).collect();
@@ -227,16 +265,48 @@ impl Config {
             if relays.iter().any(|(sink, _)| *sink == section.sink) {
                 let message =
                     format!("`{}`: sink `{}` has two relays; give each a name of its own", field("sink"), section.sink);
-                return Err(Failure::usage("config", message));
+                return Err(self.wrong(message));
             }
             let relay = section
                 .relay(bus_name)
-                .map_err(|(name, problem)| Failure::usage("config", format!("`{}`: {problem}", field(name))))?;
-            relay.validate()?;
+                .map_err(|(name, problem)| self.wrong(format!("`{}`: {problem}", field(name))))?;
+            // Its message begins with the field's name in backticks.
+            relay
+                .validate()
+                .map_err(|error| self.wrong(error.to_string().replacen('`', &format!("`{}", field("")), 1)))?;
             relays.push((section.sink.clone(), relay));
         }
         Ok(relays)
     }
+}
+
+/// The flag's value, else the environment's, else the file's, which is empty where it has none.
+fn setting(flag: Option<&str>, name: &str, in_file: &str) -> Result<Option<String>, Failure> {
+    if let Some(value) = flag.map(str::to_owned).or_else(|| variable(name)) {
+        return Ok(Some(value));
+    }
+    let name = format!("{name}_FILE");
+    match variable(&name) {
+        // A secret ends with its file's line break.
+        Some(path) => match std::fs::read_to_string(&path) {
+            Ok(text) => Ok(Some(text.trim_end().to_owned())),
+            Err(error) => Err(Failure::usage("config", format!("{name}: cannot read {path}: {error}"))),
+        },
+        None => Ok(Some(in_file.to_owned()).filter(|value| !value.is_empty())),
+    }
+}
+
+/// A variable of the environment; an empty one counts as absent.
+pub(crate) fn variable(name: &str) -> Option<String> {
+    let value = std::env::var_os(name).filter(|value| !value.is_empty());
+    value.map(|value| value.to_string_lossy().into_owned())
+}
+
+/// Line and column of a place in a text, from 1.
+fn position(text: &str, at: usize) -> (usize, usize) {
+    let before = text.get(..at).unwrap_or(text);
+    let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+    (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
 }
 
 impl RelaySection {
@@ -393,21 +463,30 @@ mod tests {
             ("[relay]\non_failure = \"ignore\"", "relay.on_failure"),
             ("[[relay]]\n[[relay]]\nattempts = \"many\"", "relay[1].attempts"),
             ("[database]\nurl = 5", "database.url"),
-            ("[http]\nlisten = \"127.0.0.1:8080\"", "http"),
+            ("[http]\nlisten = \"127.0.0.1:8080\"", "`http` is not in this build yet"),
+            ("[consumer]\nattempts = 3", "`consumer` is not in this build yet"),
+            ("[bus]\nurl = \"file:///x\"\ntopology = \"create\"", "`bus.topology` is not in this build yet"),
+            ("[bus.kafka.native]\nacks = 1", "`bus.kafka` is not in this build yet"),
+            ("[relay]\nprefix = \"a\"", "unknown field"),
             ("[topics.orders]\npartitions = 0", "topics.orders.partitions"),
-            ("database =", "1"),
+            ("[relay]\ndatabase =", "line 2, column 11: "),
+            ("[relay]\nsink = \"ä\"\nsink = \"b\"", "line 3, column 1: duplicate key"),
         ] {
             let error = Config::parse(text).unwrap_err();
-            assert!(error.contains(named) || named == "1", "{text}: {error}");
+            assert!(error.contains(named), "{text}: {error}");
         }
         for (text, named) in [
             ("[relay]\nlog = \"inbox\"", "relay.log"),
             ("[relay]\nsink = \"a.b\"", "relay.sink"),
             ("[relay]\ntopics = [\"a/b\"]", "relay.topics"),
-            ("[relay]\nwindow_events = 0", "window_events"),
+            ("[relay]\nwindow_events = 0", "`relay.window_events` is 0 and must be at least 1"),
+            ("[[relay]]\n[[relay]]\nsink = \"b\"\nlease = \"0s\"", "`relay[1].lease` is 0ns and must be from 200ms"),
+            ("[relay]\nbackoff_min = \"2s\"\nbackoff_max = \"1s\"", "`relay.backoff_min` is 2s and"),
+            ("[relay]\ndrain = \"200000000000000d\"", "`relay.drain` is 17280000000000000000s and"),
         ] {
-            let error = Config::parse(text).unwrap().relays("").unwrap_err().to_string();
-            assert!(error.contains(named), "{text}: {error}");
+            let config = Config { file: Some("shop.toml".into()), ..Config::parse(text).unwrap() };
+            let error = config.relays("").unwrap_err().to_string();
+            assert!(error.starts_with("shop.toml: ") && error.contains(named), "{text}: {error}");
         }
     }
 

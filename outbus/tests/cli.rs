@@ -62,7 +62,10 @@ fn migrate_can_be_repeated_and_printed() {
     let migrate = with(&["migrate", "--output", "json"], &SHOP);
     assert_eq!(folder.run(&migrate).ok().json()["applied"], serde_json::json!(["outbox"]));
     assert_eq!(folder.run(&migrate).ok().json()["applied"], serde_json::json!([]));
-    let printed = folder.run(&["migrate", "--database", "sqlite:other.db", "--print"]).ok();
+    let print = ["migrate", "--database", "sqlite:other.db", "--print"];
+    let json = folder.run(&with(&print, &["--output", "json"])).ok().json();
+    assert!(json["sql"].as_str().is_some_and(|sql| sql.contains("CREATE TABLE outbus_outbox")), "{json}");
+    let printed = folder.run(&print).ok();
     assert!(printed.stdout.contains("CREATE TABLE outbus_outbox"));
     assert!(!folder.path("other.db").exists(), "printing touches nothing");
 }
@@ -189,7 +192,20 @@ fn what_is_missing_or_wrong_on_the_command_line_is_status_2() {
             vec!["relay", "--database", "sqlite:shop.db", "--bus", "memory://"],
             "memory lives in one process; use outbus demo or the library",
         ),
-        (vec!["relay", "--database", "sqlite:shop.db", "--bus", "kafka://localhost:9092"], "kafka"),
+        (
+            vec!["relay", "--database", "sqlite:shop.db", "--bus", "kafka://localhost:9092"],
+            "no kafka:// yet: use file:///",
+        ),
+        (vec!["relay", "--database", "sqlite:shop.db", "--bus", "file:relative"], "file:///absolute/folder"),
+        (vec!["relay", "--database", "sqlite:shop.db", "--bus", "file:"], "file:///absolute/folder"),
+        (
+            vec!["dead", "retry", "--database", "sqlite:shop.db", "--all", "--wait", "200000000000000d"],
+            "1d, is the longest",
+        ),
+        (vec!["append", "--database", "sqlite:shop.db", "--file", "."], "it is a folder"),
+        (vec!["append", "--database", "sqlite:shop.db", "orders.jsonl"], "a file is named with --file"),
+        (vec!["publish", "--bus", "file:///x"], "error: `publish` is not in this build yet\n"),
+        (vec!["replay", "--database", "sqlite:shop.db"], "error: `replay` is not in this build yet\n"),
         (vec!["relay", "--database", "sqlite:shop.db", "--bus", "file:///x?colour=red"], "colour"),
         (vec!["dead", "retry", "--database", "sqlite:shop.db"], "--all"),
         (vec!["dead", "retry", "--database", "sqlite:shop.db", "--all", "--rate", "5"], "5/s"),
@@ -211,6 +227,27 @@ fn what_is_missing_or_wrong_on_the_command_line_is_status_2() {
     assert!(ran.stderr.contains("wrong.toml") && ran.stderr.contains("relay.lease"), "{}", ran.stderr);
     let json = folder.run(&["status", "--config", "wrong.toml", "--output", "json"]).is(2).error();
     assert_eq!(json["kind"], "config");
+    for (text, named) in [
+        (
+            "lease = \"200000000000000d\"",
+            "wrong.toml: `relay.lease` is 17280000000000000000s and must be from 200ms to 86400s",
+        ),
+        ("drain = \"2d\"", "`relay.drain`"),
+        ("poll_interval = \"2d\"", "`relay.poll_interval`"),
+        ("backoff_max = \"2d\"", "`relay.backoff_max`"),
+        ("lease = \"1s\"\nlease =", "wrong.toml: line 3, column 8: "),
+        ("lease = \"1s\"\n[http]", "wrong.toml: `http` is not in this build yet"),
+        ("lease = \"1s\"\n[bus]\nrequire = [\"replay\"]", "wrong.toml: `bus.require`: "),
+    ] {
+        folder.write("wrong.toml", &format!("[relay]\n{text}\n"));
+        let ran = folder.run(&with(&["relay", "--once", "--config", "wrong.toml", "--bus", &bus], &SHOP)).is(2);
+        assert!(ran.stderr.contains(named) && ran.stderr.lines().count() == 1, "{text}: {}", ran.stderr);
+    }
+    let usage = folder.run(&["append", "--per-tx", "0", "--output", "json"]).is(2).error();
+    assert_eq!(usage["kind"], "usage");
+    assert!(usage["message"].as_str().is_some_and(|message| message.starts_with("invalid value '0'")), "{usage}");
+    let later = folder.run(&["--output=json", "consume"]).is(2).error();
+    assert_eq!((&later["kind"], &later["message"]), (&"not_yet".into(), &"`consume` is not in this build yet".into()));
     folder.run(&["--help"]).ok();
     assert!(folder.run(&["append", "--help"]).ok().stdout.contains("Examples:"));
 }
@@ -230,6 +267,21 @@ fn a_file_an_environment_and_flags_configure_in_this_order() {
         .env("OUTBUS_DATABASE_URL", "sqlite:elsewhere.db")
         .spawn();
     finish(by_flag.expect("it starts")).ok();
+    // An empty variable is none, as in `docker run -e`; a filter that is none is not passed over.
+    let relay = ["relay", "--once"];
+    let mut by_file = folder.command(&relay);
+    by_file.envs([("OUTBUS_CONFIG", ""), ("OUTBUS_DATABASE_URL", ""), ("OUTBUS_BUS_URL", ""), ("OUTBUS_LOG", "")]);
+    finish(by_file.spawn().expect("it starts")).ok();
+    let by_secret = |file: &str| {
+        finish(folder.command(&["status"]).env("OUTBUS_DATABASE_URL_FILE", file).spawn().expect("it starts"))
+            .is(2)
+            .stderr
+    };
+    folder.write("secret", "sqlite:elsewhere.db\n");
+    assert!(by_secret("secret").contains("elsewhere.db: there is no such file"));
+    assert!(by_secret("nosecret").contains("OUTBUS_DATABASE_URL_FILE: cannot read nosecret"));
+    let filter = folder.command(&["status"]).env("OUTBUS_LOG", "outbox=loud").spawn();
+    assert!(finish(filter.expect("it starts")).is(2).stderr.contains("OUTBUS_LOG is `outbox=loud`"));
     folder.write(
         "demanding.toml",
         &format!("[database]\nurl = \"sqlite:shop.db\"\n[bus]\nurl = \"{bus}\"\nrequire = [\"replay\"]\n"),

@@ -11,6 +11,11 @@ use crate::{
 };
 
 #[derive(Serialize)]
+struct Printed {
+    sql: String,
+}
+
+#[derive(Serialize)]
 struct Migrated {
     /// The steps that were taken now.
     applied: Vec<&'static str>,
@@ -19,7 +24,8 @@ struct Migrated {
 pub(super) async fn run(config: &Config, args: &MigrateArgs, format: Format) -> Result<(), Failure> {
     let database = config.database(args.database.database.as_deref())?;
     if args.print {
-        return Ok(output::line(print_migrations(&database.tables).trim_end())?);
+        let printed = Printed { sql: print_migrations(&database.tables) };
+        return Ok(output::result(format, &printed, |printed| printed.sql.trim_end().to_owned())?);
     }
     let migrated = Migrated { applied: migrate(&database.options, &database.tables).await? };
     output::result(format, &migrated, |migrated| match migrated.applied.as_slice() {

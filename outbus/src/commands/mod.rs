@@ -20,7 +20,7 @@ pub(crate) async fn run(cli: Cli) -> Result<(), Failure> {
     if let Command::Demo(args) = cli.command {
         return demo::run(args, format).await;
     }
-    let config = Config::load(cli.config.as_ref())?;
+    let config = Config::load(cli.config.as_deref())?;
     match cli.command {
         Command::Demo(_) => Ok(()),
         Command::Migrate(args) => migrate::run(&config, &args, format).await,

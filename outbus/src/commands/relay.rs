@@ -39,7 +39,8 @@ pub(super) async fn run(config: &Config, args: &RelayArgs, format: Format) -> Re
     let database = config.database(args.database.database.as_deref())?;
     let bus_config = config.bus(args.bus.as_deref())?;
     let relays = config.relays(&bus::shown(&bus_config.url))?;
-    let bus = bus::connect_with(&bus_config)?;
+    let bus = bus::connect(&bus_config.url)?;
+    bus.capabilities().require(&bus_config.require).map_err(|error| config.wrong(format!("`bus.require`: {error}")))?;
     let topology = config.topology()?;
     if !topology.topics.is_empty() {
         bus.admin().apply(&topology).await?;

@@ -50,9 +50,10 @@ impl Folder {
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_outbus"));
         command.args(args).current_dir(self.0.path());
-        for name in ["OUTBUS_CONFIG", "OUTBUS_DATABASE_URL", "OUTBUS_BUS_URL", "OUTBUS_LOG"] {
-            command.env_remove(name);
+        for name in ["OUTBUS_CONFIG", "OUTBUS_DATABASE_URL", "OUTBUS_BUS_URL"] {
+            command.env_remove(name).env_remove(format!("{name}_FILE"));
         }
+        command.env_remove("OUTBUS_LOG");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
