@@ -1,11 +1,14 @@
 //! The tables, made and brought up to date step by step.
 
-use std::fmt::Write as _;
+use std::{
+    fmt::Write as _,
+    time::{Duration, Instant},
+};
 
 use bus_core::LogId;
 use sqlx::{AssertSqlSafe, Connection, Row as _, SqliteConnection, sqlite::SqliteConnectOptions};
 
-use super::{Tables, log_error, of_file, open};
+use super::{BUSY_TIMEOUT, Tables, log_error, of_file, open};
 use crate::{LogError, LogErrorKind};
 
 /// The steps in order. One that was released is never changed; what is new is a new step.
@@ -45,7 +48,7 @@ pub async fn migrate(options: &SqliteConnectOptions, tables: &Tables) -> Result<
 }
 
 async fn bring_up_to_date(connection: &mut SqliteConnection, tables: &Tables) -> Result<Vec<&'static str>, LogError> {
-    sqlx::raw_sql("PRAGMA journal_mode = WAL").execute(&mut *connection).await.map_err(log_error)?;
+    to_wal(connection).await?;
     let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await.map_err(log_error)?;
     execute(&mut transaction, tables, CREATE_MIGRATION).await?;
     let current = version(&mut transaction, tables).await?;
@@ -61,6 +64,21 @@ async fn bring_up_to_date(connection: &mut SqliteConnection, tables: &Tables) ->
     register.execute(&mut *transaction).await.map_err(log_error)?;
     transaction.commit().await.map_err(log_error)?;
     Ok(taken)
+}
+
+/// Changing the mode waits for nobody who writes or changes it too: so it is tried again, as long as a statement would
+/// wait.
+async fn to_wal(connection: &mut SqliteConnection) -> Result<(), LogError> {
+    let started = Instant::now();
+    loop {
+        let changed = sqlx::raw_sql("PRAGMA journal_mode = WAL").execute(&mut *connection).await.map_err(log_error);
+        match changed {
+            Err(error) if error.kind() == LogErrorKind::Unavailable && started.elapsed() < BUSY_TIMEOUT => {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            changed => return changed.map(drop),
+        }
+    }
 }
 
 /// The steps as SQL, to be read or run by hand.
