@@ -56,11 +56,56 @@ pub struct Outbox {
 pub(crate) enum Pool {
     #[cfg(feature = "sqlite")]
     Sqlite(sqlx::SqlitePool),
+    #[cfg(feature = "postgres")]
+    Postgres(std::sync::Arc<crate::postgres::Notifier>),
 }
 
 impl Outbox {
     pub(crate) fn new(pool: Pool, config: OutboxConfig) -> Self {
         Self { pool, config, wake: Wake::new() }
+    }
+
+    /// The outbox in a PostgreSQL database, whatever client appends to it.
+    #[cfg(feature = "postgres")]
+    pub fn postgres(database: crate::PostgresConfig, config: OutboxConfig) -> Self {
+        let notifier = crate::postgres::Notifier::new(database, config.tables.clone());
+        Self::new(Pool::Postgres(std::sync::Arc::new(notifier)), config)
+    }
+
+    /// Makes the tables, or brings them up to date. See [`migrate`](crate::migrate) and
+    /// [`migrate_postgres`](crate::migrate_postgres).
+    ///
+    /// # Errors
+    ///
+    /// As those.
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
+    pub async fn migrate(&self) -> Result<(), crate::LogError> {
+        match &self.pool {
+            #[cfg(feature = "sqlite")]
+            Pool::Sqlite(pool) => crate::migrate(&pool.connect_options(), self.tables()).await.map(drop),
+            #[cfg(feature = "postgres")]
+            Pool::Postgres(notifier) => crate::migrate_postgres(notifier.config(), self.tables()).await.map(drop),
+        }
+    }
+
+    /// The log, to be relayed to `sink`.
+    ///
+    /// # Errors
+    ///
+    /// As [`SqliteLog::open`](crate::SqliteLog::open) and [`PostgresLog::open`](crate::PostgresLog::open).
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
+    pub async fn log(&self, sink: &str) -> Result<std::sync::Arc<dyn crate::LogSource>, crate::LogError> {
+        let tables = self.tables().clone();
+        match &self.pool {
+            #[cfg(feature = "sqlite")]
+            Pool::Sqlite(pool) => {
+                Ok(std::sync::Arc::new(crate::SqliteLog::open(&pool.connect_options(), tables, sink).await?))
+            }
+            #[cfg(feature = "postgres")]
+            Pool::Postgres(notifier) => {
+                Ok(std::sync::Arc::new(crate::PostgresLog::open(notifier.config(), tables, sink).await?))
+            }
+        }
     }
 
     /// Appends events to the log, in order, within `transaction`: they exist if and only if it commits.
@@ -111,9 +156,17 @@ impl Outbox {
         Ok(event)
     }
 
-    /// Nudges the relays in this process. Call it after the commit; without it an event waits for the next poll.
+    /// Nudges the relays: those in this process at once, on PostgreSQL those elsewhere by a notification on a connection of
+    /// its own, at most one a millisecond. Call it after the commit; without it an event waits for the next poll.
     pub fn wake(&self) {
         self.wake.wake();
+        #[cfg(any(feature = "sqlite", feature = "postgres"))]
+        match &self.pool {
+            #[cfg(feature = "sqlite")]
+            Pool::Sqlite(_) => {}
+            #[cfg(feature = "postgres")]
+            Pool::Postgres(notifier) => notifier.notify(),
+        }
     }
 
     /// The nudge, for relays to listen to.

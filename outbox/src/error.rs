@@ -99,6 +99,9 @@ pub enum AppendErrorReason {
          published already: set `synchronous(SqliteSynchronous::Full)`, or `allow_relaxed_sync` if you accept that"
     )]
     NotDurable,
+    /// The connection is in no transaction, so the events would not stand or fall with what they are about.
+    #[error("the connection is in no transaction: append within the one that writes what the events are about")]
+    NotInTransaction,
     /// The database failed.
     #[error(transparent)]
     Log(#[from] LogError),

@@ -903,9 +903,10 @@ impl Lanes {
         self.settled
     }
 
-    /// Whether everything up to `seq` that was ever visible is settled.
+    /// Whether everything up to `seq` that was visible when it was looked at is settled. What becomes visible later was
+    /// committed later.
     pub(crate) fn is_settled_to(&mut self, seq: Seq) -> bool {
-        self.cursor.unseen().first().is_none_or(|first| first > seq) && self.cursor.is_settled_to(seq)
+        self.restored.is_none() && self.cursor.is_settled_to(seq)
     }
 
     pub(crate) fn counts(&self) -> Counts {

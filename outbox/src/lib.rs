@@ -20,6 +20,8 @@ pub mod conformance;
 mod relay;
 #[cfg(feature = "sqlite")]
 mod sqlite;
+#[cfg(feature = "postgres")]
+mod postgres;
 
 pub use append::{EVENT_BYTES_MAX, Insert, Outbox, OutboxConfig, OutboxTx};
 pub use cursor::{Cursor, HOLE_RANGES_MAX};
@@ -30,6 +32,11 @@ pub use log::{
     LogAdmin, LogSource, Owned, Page, PageLimit, Probe, Pruned, ReadRows, Request, RequestKind, RequestProgress, Row,
     Selected, SetAside, Sink, SinkStatus, Start,
 };
+#[cfg(feature = "postgres")]
+pub use postgres::{
+    PostgresConfig, PostgresLog, PostgresRows, log_error as postgres_error, migrate as migrate_postgres,
+    print_migrations as print_postgres_migrations,
+};
 pub use relay::{LEASE_MIN, Progress, Relay, RelayConfig, RelayError, RelayEvent, RelaySummary, SPAN_MAX};
 #[cfg(feature = "sqlite")]
 pub use sqlite::{
@@ -38,3 +45,10 @@ pub use sqlite::{
 pub use tables::Tables;
 pub use topics::TopicPattern;
 pub use wake::{Awakened, Wake};
+
+/// A sink's name is a group's: it stands in keys and file names of brokers.
+pub(crate) fn check_sink(sink: &str) -> Result<(), LogError> {
+    bus_core::Group::new(sink)
+        .map(drop)
+        .map_err(|error| LogError::with_source(LogErrorKind::Invalid, format!("`sink` {}", error.problem()), error))
+}

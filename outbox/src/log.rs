@@ -51,6 +51,12 @@ pub trait LogSource: fmt::Debug + Send + Sync + 'static {
     /// it removed, and whether there may be more. Does nothing where another janitor is at work.
     async fn prune(&self, janitor: &str, retention: Duration, rows_max: usize) -> Result<Pruned, LogError>;
 
+    /// How long a [`commit`](LogSource::commit) that is not [`durable`](Change::durable) may take to reach the disk: a crash
+    /// of the database can take back younger ones.
+    fn write_delay(&self) -> Duration {
+        Duration::ZERO
+    }
+
     /// How long events that were settled may wait for a checkpoint: short where one costs little.
     fn checkpoint_interval(&self) -> Duration;
 
@@ -227,6 +233,13 @@ pub struct Change {
     pub requests: Vec<RequestProgress>,
     /// It must survive a power cut before anyone acts on it.
     pub durable: bool,
+}
+
+impl Change {
+    /// Whether nothing but the cursor moves.
+    pub fn is_checkpoint_only(&self) -> bool {
+        self.set_aside.is_empty() && self.removed.is_empty() && self.refused.is_empty() && self.requests.is_empty()
+    }
 }
 
 /// What is held up in a relay.
@@ -494,4 +507,27 @@ pub struct SinkStatus {
     pub dead: u64,
     /// Events that no sink of the log wants.
     pub unclaimed: u64,
+}
+
+impl SinkStatus {
+    /// The status of a log that nobody reads.
+    pub(crate) fn unread(log: &str, backlog: u64, backlog_exact: bool, oldest_age: Option<Duration>) -> Self {
+        Self {
+            log: log.to_owned(),
+            sink: None,
+            backlog,
+            backlog_exact,
+            oldest_age,
+            low: Seq::ZERO,
+            high: Seq::ZERO,
+            holes: 0,
+            owner: None,
+            epoch: 0,
+            lease_remaining: None,
+            blocked: Blocked::default(),
+            parked: 0,
+            dead: 0,
+            unclaimed: backlog,
+        }
+    }
 }

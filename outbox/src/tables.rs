@@ -40,6 +40,12 @@ impl Tables {
         self.fill(template, &format!("{}_", self.name))
     }
 
+    /// Fills in the names of a statement for PostgreSQL.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn qualify(&self, template: &str) -> String {
+        self.fill(template, &format!("\"{}\".", self.name)).replace("{schema}", &self.name)
+    }
+
     fn fill(&self, template: &str, names: &str) -> String {
         template.replace("{p}", names).replace("{event_bytes_max}", &self.event_bytes_max.to_string())
     }

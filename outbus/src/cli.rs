@@ -85,7 +85,7 @@ Examples:
 
 #[derive(Debug, Args)]
 pub(crate) struct DatabaseArgs {
-    /// The database: sqlite:relative.db or sqlite:///absolute.db; else $OUTBUS_DATABASE_URL, else from the configuration.
+    /// The database: postgres://user:password@host/database, sqlite:relative.db or sqlite:///absolute.db; else $OUTBUS_DATABASE_URL, else from the configuration.
     #[arg(long, value_name = "URL")]
     pub(crate) database: Option<String>,
 }

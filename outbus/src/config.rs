@@ -52,14 +52,16 @@ pub(crate) struct Config {
 #[derive(Clone, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 struct DatabaseSection {
-    /// `sqlite:relative.db`, `sqlite:///absolute.db`.
+    /// `postgres://user:password@host/database`, `sqlite:relative.db`, `sqlite:///absolute.db`.
     url: String,
+    /// Where notifications are listened for, if `url` leads through a pooler.
+    listen_url: String,
 }
 
 /// Without user, password and options.
 impl fmt::Debug for DatabaseSection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DatabaseSection").field("url", &bus::shown(&self.url)).finish()
+        f.debug_struct("DatabaseSection").field("url", &bus::shown(&self.url)).finish_non_exhaustive()
     }
 }
 
@@ -217,7 +219,9 @@ impl Config {
                 "no database is named: use --database sqlite:shop.db, OUTBUS_DATABASE_URL, or `[database] url`";
             Failure::usage("database_missing", message)
         };
-        Database::from_url(&setting(flag, "OUTBUS_DATABASE_URL", &self.database.url)?.ok_or_else(missing)?)
+        let url = setting(flag, "OUTBUS_DATABASE_URL", &self.database.url)?.ok_or_else(missing)?;
+        let listen_url = setting(None, "OUTBUS_DATABASE_LISTEN_URL", &self.database.listen_url)?;
+        Database::from_url(&url, listen_url.as_deref())
     }
 
     /// The bus: the flag's, else the environment's, else the file's.

@@ -158,7 +158,7 @@ fn what_is_no_outbox_is_said_so_with_status_2() {
         ("sqlite:empty.db", "run `outbus migrate`"),
         ("sqlite::memory:", "needs a file"),
         ("mysql://localhost/x", "sqlite:"),
-        ("postgres://u:s3cret@localhost/x", "PostgreSQL"),
+        ("postgres://u:s3cret@localhost/x?sslmode=maybe", "sslmode"),
         ("nonsense", "sqlite:"),
     ] {
         for command in [&["append"][..], &["relay", "--bus", &bus], &["status"], &["dead", "list"], &["sinks", "list"]]

@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, reason = "a command line tool")]
 
 mod checks;
+mod services;
 mod shell;
 mod tests;
 
@@ -25,6 +26,12 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Starts, stops and breaks the servers that tests need: `up`, `down`, `kill postgres`, ...; `help` names all.
+    Services {
+        /// Passed on to `services/services`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
     /// Runs everything that must be green before a change lands.
     Ci,
     /// Measures the road against its raw twin; see bench/README.md.
@@ -38,6 +45,7 @@ enum Command {
 fn main() -> Result<()> {
     match Xtask::parse().command {
         Command::Test { args } => tests::run(&args),
+        Command::Services { args } => services::run(&args),
         Command::Ci => checks::run(),
         Command::Bench { args } => {
             let run = ["run", "--release", "--quiet", "--package", "bench", "--"];

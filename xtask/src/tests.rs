@@ -2,12 +2,13 @@
 
 use anyhow::Result;
 
-use crate::shell;
+use crate::{services, shell};
 
 /// Needs root, for it mounts a small disk.
 const NEEDS_ROOT: &str = "a_full_disk_is_said_so_and_heals";
 
-/// Runs every test. What this machine cannot run is named, not passed over in silence.
+/// Runs every test, against servers that the environment names, or else against some that are started for it. What this
+/// machine cannot run is named, not passed over in silence.
 pub(crate) fn run(args: &[String]) -> Result<()> {
     let mut cargo = vec!["test", "--workspace", "--all-features"];
     cargo.extend(args.iter().map(String::as_str));
@@ -19,7 +20,11 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
     if !is_root {
         cargo.extend(["--skip", NEEDS_ROOT]);
     }
-    shell::cargo(&cargo)?;
+    let servers = services::start()?;
+    let environment = servers.iter().flat_map(|servers| &servers.environment);
+    let environment: Vec<(&str, &str)> = environment.map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    shell::run("cargo", &cargo, &environment)?;
+    drop(servers);
     if !is_root {
         println!("\nLeft out, for it needs root: {NEEDS_ROOT}. Run `sudo -E cargo xtask test` to include it.");
     }

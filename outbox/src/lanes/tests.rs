@@ -706,7 +706,11 @@ impl Simulation {
             let ended = self.database.rows.values().all(|(_, fate)| *fate != Fate::Open);
             let committed = |(_, (_, fate)): &(&u64, &(String, Fate))| *fate == Fate::Committed;
             let last = self.database.rows.iter().rev().find(committed).map_or(0, |(seq, _)| *seq);
-            if ended && self.lanes.is_settled_to(Seq(last)) && !self.lanes.has_pending_set_aside() {
+            if ended
+                && self.lanes.unseen().is_empty()
+                && self.lanes.is_settled_to(Seq(last))
+                && !self.lanes.has_pending_set_aside()
+            {
                 return self.check();
             }
         }

@@ -31,6 +31,9 @@ const CHECKPOINT_EVENTS: u64 = 4_096;
 const SET_ASIDE_MAX: usize = 500;
 /// A page is at most this part of the window, so that the next one is read while this one is published.
 const PAGES_PER_WINDOW: usize = 4;
+/// Pause before gaps are looked at again: this short while they are new, and at most this long.
+const GAP_PAUSE_MIN: Duration = Duration::from_millis(5);
+const GAP_PAUSE_MAX: Duration = Duration::from_secs(1);
 /// Rows a janitor removes in one transaction.
 const PRUNE_ROWS_MAX: usize = 5_000;
 /// Pause between two rounds of the janitor: at most this long, and this short while there is more to remove.
@@ -69,6 +72,10 @@ pub(super) struct Session {
     fetch_wanted: bool,
     /// A page that was fetched, and up to where the unseen places were probed since.
     fetched: Option<(Page, Seq)>,
+    /// The first gap there was at the last page, and when it is looked at again.
+    gap: Option<Seq>,
+    gap_pause: Duration,
+    gap_due: Option<Instant>,
     /// Held places that are being read.
     reading: Option<SeqSet>,
     /// The last page was empty: everything that was visible then was read.
@@ -99,6 +106,7 @@ struct Handed {
 /// A change that is being written.
 struct Store {
     sent: Instant,
+    durable: bool,
     set_aside: usize,
     settled: u64,
     operator: OperatorChange,
@@ -146,6 +154,9 @@ impl Session {
             fetching: Running::nothing(),
             fetch_wanted: true,
             fetched: None,
+            gap: None,
+            gap_pause: GAP_PAUSE_MIN,
+            gap_due: None,
             reading: None,
             at_end: false,
             storing: Running::nothing(),
@@ -171,6 +182,7 @@ impl Session {
 
     /// Does what can be done without waiting for others; answers whether that was anything.
     pub(super) async fn turn(&mut self) -> Result<bool, End> {
+        self.clock.ripen(now(), self.log.write_delay());
         let mut worked = self.poll(&mut Context::from_waker(Waker::noop()));
         worked |= self.stored()?;
         worked |= self.mend_writer().await?;
@@ -203,6 +215,7 @@ impl Session {
         let mut due = self.poll_due;
         let mut earlier = |other: Option<Instant>| due = due.min(other.unwrap_or(due));
         earlier(self.log_due);
+        earlier(self.gap_due);
         earlier(self.prune_due);
         earlier(self.operator.next_due());
         // Without a lease nothing is handed over, however long it has been due.
@@ -385,6 +398,10 @@ impl Session {
         if self.log_due.is_some_and(|due| at < due) {
             return Ok(false);
         }
+        if self.gap_due.is_some_and(|due| at >= due) {
+            self.gap_due = None;
+            self.fetch_wanted = true;
+        }
         if at >= self.poll_due {
             self.poll_due = at + self.config.poll_interval;
             self.fetch_wanted = true;
@@ -442,7 +459,19 @@ impl Session {
         self.fetch_wanted |= worked;
         self.at_end = !worked;
         self.lanes.admit_page(page, now(), fastrand::f64());
+        self.plan_probe();
         Ok(worked || probed)
+    }
+
+    /// Gaps are looked at again soon, and ever less often while they stay.
+    fn plan_probe(&mut self) {
+        let first = self.lanes.unseen().first();
+        self.gap_pause = match first {
+            Some(_) if first == self.gap => (self.gap_pause * 2).min(GAP_PAUSE_MAX),
+            _ => GAP_PAUSE_MIN,
+        };
+        self.gap = first;
+        self.gap_due = first.map(|_| now() + self.gap_pause);
     }
 
     /// Looks at the places that were not visible when the page was fetched, as far as there is room for what they bring;
@@ -513,7 +542,13 @@ impl Session {
     fn start_store(&mut self, operator: OperatorChange) {
         let set_aside = self.lanes.pending_set_aside().len().min(SET_ASIDE_MAX);
         let change = self.change(set_aside, &operator);
-        let store = Store { sent: now(), set_aside, settled: self.lanes.settled() + set_aside as u64, operator };
+        let store = Store {
+            sent: now(),
+            durable: change.durable,
+            set_aside,
+            settled: self.lanes.settled() + set_aside as u64,
+            operator,
+        };
         let (log, lease) = (Arc::clone(&self.log), self.lease.clone());
         self.store = Some(store);
         self.storing.start(async move { log.commit(&lease, &change).await });
@@ -521,7 +556,7 @@ impl Session {
 
     fn change(&mut self, set_aside: usize, operator: &OperatorChange) -> Change {
         let (low, high, holes) = self.lanes.checkpoint(set_aside);
-        let idle = !self.is_dirty() && set_aside == 0 && operator.is_empty();
+        let renewal = now() >= self.clock.renewal_due();
         let mut change = Change {
             low,
             high,
@@ -530,8 +565,8 @@ impl Session {
             position: self.position.clone(),
             blocked: self.lanes.blocked(),
             set_aside: self.lanes.pending_set_aside()[..set_aside].to_vec(),
-            // What is settled by being set aside must be there; a renewal without events costs nobody a wait.
-            durable: set_aside > 0 || !operator.is_empty() || idle,
+            // What is settled by being set aside must be there; and a lease that nothing else extends.
+            durable: set_aside > 0 || !operator.is_empty() || renewal,
             ..Change::default()
         };
         operator.write_to(&mut change);
@@ -544,7 +579,11 @@ impl Session {
         let Some(store) = self.store.take() else { return Ok(false) };
         match result {
             Ok(()) => {
-                self.clock.renewed(store.sent);
+                if store.durable {
+                    self.clock.renewed(store.sent)
+                } else {
+                    self.clock.renewed_soon(store.sent)
+                }
                 self.lanes.set_aside_committed(store.set_aside);
                 self.operator.committed(store.operator);
                 self.checkpoint = (store.settled, store.sent);
@@ -587,7 +626,7 @@ impl Session {
 
     /// Whether everything up to `target` needs nothing more, and operators ask for nothing.
     pub(super) fn has_caught_up(&mut self, target: Seq) -> bool {
-        // Somebody may have removed the row at the target: then the end of the log is the goal.
+        // Somebody may have removed the row at the target, or it was rolled back: then the end of the log is the goal.
         let target = if self.at_end { target.min(self.lanes.high()) } else { target };
         self.lanes.is_settled_to(target) && !self.lanes.has_pending_set_aside() && self.operator.is_idle()
     }

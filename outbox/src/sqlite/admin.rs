@@ -246,7 +246,7 @@ impl SqliteLog {
         if status.is_empty() {
             let backlog = self.count(&mut transaction, Seq::ZERO, &Topics::All).await?;
             let oldest = self.oldest(&mut transaction, Seq::ZERO, &Topics::All).await?;
-            status.push(unread_status(backlog, age(oldest, now)));
+            status.push(SinkStatus::unread(LOG, backlog.unsigned_abs(), backlog <= COUNT_MAX, age(oldest, now)));
         }
         transaction.rollback().await.map_err(log_error)?;
         Ok(status)
@@ -417,27 +417,6 @@ fn dead_row(decoder: &mut Decoder, row: &SqliteRow) -> Result<DeadRow, LogError>
         at: Timestamp::from_unix_micros(row.get(16)),
         sink: row.get(17),
     })
-}
-
-/// The status of a log that nobody reads.
-fn unread_status(backlog: i64, oldest_age: Option<Duration>) -> SinkStatus {
-    SinkStatus {
-        log: LOG.to_owned(),
-        sink: None,
-        backlog: backlog.unsigned_abs(),
-        backlog_exact: backlog <= COUNT_MAX,
-        oldest_age,
-        low: Seq::ZERO,
-        high: Seq::ZERO,
-        holes: 0,
-        owner: None,
-        epoch: 0,
-        lease_remaining: None,
-        blocked: Blocked::default(),
-        parked: 0,
-        dead: 0,
-        unclaimed: backlog.unsigned_abs(),
-    }
 }
 
 fn age(time: Option<i64>, now: i64) -> Option<Duration> {

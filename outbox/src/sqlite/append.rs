@@ -1,14 +1,11 @@
 //! Appending within an sqlx transaction of SQLite.
 
-use std::sync::Arc;
-
 use async_trait::async_trait;
 use sqlx::{AssertSqlSafe, Row as _, Sqlite, SqliteConnection, SqlitePool, Transaction};
 
-use super::{SqliteLog, log_error, migrate};
+use super::log_error;
 use crate::{
-    AppendError, AppendErrorReason, Insert, LogError, LogSource, Outbox, OutboxConfig, OutboxTx, append::Pool,
-    rows::extensions_json,
+    AppendError, AppendErrorReason, Insert, Outbox, OutboxConfig, OutboxTx, append::Pool, rows::extensions_json,
 };
 
 /// Rows of one statement: SQLite allows 32,766 parameters, and long statements are slow to prepare.
@@ -24,31 +21,6 @@ impl Outbox {
     /// The outbox in the SQLite file of `pool`. Clones share the nudge of the relays in this process.
     pub fn sqlite(pool: SqlitePool, config: OutboxConfig) -> Self {
         Self::new(Pool::Sqlite(pool), config)
-    }
-
-    /// Makes the tables, or brings them up to date. See [`migrate`](crate::migrate).
-    ///
-    /// # Errors
-    ///
-    /// As [`migrate`](crate::migrate).
-    pub async fn migrate(&self) -> Result<(), LogError> {
-        match &self.pool {
-            Pool::Sqlite(pool) => migrate(&pool.connect_options(), self.tables()).await.map(drop),
-        }
-    }
-
-    /// The log, to be relayed to `sink`.
-    ///
-    /// # Errors
-    ///
-    /// As [`SqliteLog::open`].
-    pub async fn log(&self, sink: &str) -> Result<Arc<dyn LogSource>, LogError> {
-        match &self.pool {
-            Pool::Sqlite(pool) => {
-                let log = SqliteLog::open(&pool.connect_options(), self.tables().clone(), sink).await?;
-                Ok(Arc::new(log))
-            }
-        }
     }
 }
 

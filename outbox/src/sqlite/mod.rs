@@ -20,7 +20,7 @@ use sqlx::{
 };
 use tokio::sync::{Mutex, MutexGuard};
 
-use crate::{LogError, LogErrorKind, Tables};
+use crate::{LogError, LogErrorKind, Tables, check_sink};
 
 pub use inbox::{Deduplicated, Inbox};
 pub use migrate::{migrate, print_migrations};
@@ -125,13 +125,6 @@ fn check_is_file(options: &SqliteConnectOptions) -> Result<(), LogError> {
         ));
     }
     Ok(())
-}
-
-/// A sink's name is a group's: it stands in keys and file names of brokers.
-pub(crate) fn check_sink(sink: &str) -> Result<(), LogError> {
-    bus_core::Group::new(sink)
-        .map(drop)
-        .map_err(|error| LogError::with_source(LogErrorKind::Invalid, format!("`sink` {}", error.problem()), error))
 }
 
 /// Tells a read-only file from a writable one before anything depends on it.

@@ -355,8 +355,9 @@ fn wanted_topics(sinks: &[SqliteRow]) -> Result<Vec<String>, LogError> {
     Ok(patterns)
 }
 
-/// Whether the places the cursor knows mean other events now, as after a restore: what the broker remembers of them is
-/// not believed then. Moves the cursor back where numbers above it will be drawn again.
+/// Whether the places the cursor knows mean other events now: what the broker remembers of them is not believed then. As
+/// the cursor was not restored together with its log, nobody knows since when they differ: it begins anew with what is
+/// there.
 async fn check_history(
     transaction: &mut Transaction<'_, Sqlite>,
     tables: &Tables,
@@ -364,19 +365,14 @@ async fn check_history(
 ) -> Result<bool, LogError> {
     let drawn: i64 = sqlx::query_scalar(tables.sql(SEQUENCE)).fetch_one(&mut **transaction).await.map_err(log_error)?;
     let drawn = Seq(drawn.unsigned_abs());
-    let is_behind = drawn < cursor.high;
-    if is_behind {
-        cursor.low = cursor.low.min(drawn);
-        cursor.high = drawn;
-        cursor.high_id = None;
-    }
     let query = sqlx::query_scalar(tables.sql(ID_AT)).bind(signed(cursor.high.0));
     let id: Option<String> = query.fetch_optional(&mut **transaction).await.map_err(log_error)?;
     let is_other = id.is_some() && cursor.high_id.is_some() && id != cursor.high_id;
-    if id.is_some() {
-        cursor.high_id = id;
+    if drawn < cursor.high || is_other {
+        (cursor.low, cursor.high, cursor.high_id, cursor.holes) = (Seq::ZERO, Seq::ZERO, None, SeqSet::new());
+        return Ok(true);
     }
-    Ok(is_behind || is_other)
+    Ok(false)
 }
 
 async fn parked_keys(

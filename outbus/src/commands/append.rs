@@ -6,15 +6,16 @@ use std::{
 };
 
 use bus_core::Event;
-use outbox::{AppendErrorReason, Outbox, OutboxConfig};
+use outbox::{AppendError, AppendErrorReason, Outbox};
 use serde::Serialize;
 use sqlx::SqlitePool;
 use tokio::{sync::mpsc, time::timeout};
+use tokio_postgres::Client;
 
 use crate::{
     cli::{AppendArgs, Format},
     config::Config,
-    database::Database,
+    database::{Database, DatabaseKind},
     failure::Failure,
     input::{Ahead, Input, Line},
     output,
@@ -102,17 +103,31 @@ async fn next_batch(
 
 /// Appends batch by batch.
 struct Writer {
-    pool: SqlitePool,
+    connection: Connection,
     outbox: Outbox,
     committed: u64,
 }
 
+enum Connection {
+    Sqlite(SqlitePool),
+    Postgres(Box<Client>),
+}
+
 impl Writer {
     async fn open(database: &Database) -> Result<Self, Failure> {
-        let pool = SqlitePool::connect_with(database.options.clone()).await;
-        let pool = pool.map_err(|error| Failure::runtime("database_unavailable", error.to_string()))?;
-        let config = OutboxConfig { tables: database.tables.clone(), ..OutboxConfig::default() };
-        Ok(Self { outbox: Outbox::sqlite(pool.clone(), config), pool, committed: 0 })
+        let (connection, outbox) = match &database.kind {
+            DatabaseKind::Sqlite(options) => {
+                let pool = SqlitePool::connect_with((**options).clone()).await;
+                let pool = pool.map_err(|error| Failure::runtime("database_unavailable", error.to_string()))?;
+                (Connection::Sqlite(pool.clone()), database.sqlite_outbox(pool))
+            }
+            DatabaseKind::Postgres(config) => {
+                let client = config.connect().await?;
+                let outbox = Outbox::postgres((**config).clone(), database.outbox_config());
+                (Connection::Postgres(Box::new(client)), outbox)
+            }
+        };
+        Ok(Self { connection, outbox, committed: 0 })
     }
 
     /// Commits the lines in one transaction: all of them, or none.
@@ -120,18 +135,31 @@ impl Writer {
         if lines.is_empty() {
             return Ok(());
         }
-        let broken = |error| Failure::from(outbox::sqlite_error(error)).after(self.committed);
-        let mut transaction = self.pool.begin_with("BEGIN IMMEDIATE").await.map_err(broken)?;
         let events: Vec<Event> = lines.iter().map(|line| line.event.clone()).collect();
-        self.outbox.append(&mut transaction, events).await.map_err(|error| {
+        let committed = self.committed;
+        let refused = |error: AppendError| {
             let at = lines.get(error.index()).map_or(0, |line| line.number);
             let failure = match error.reason() {
                 AppendErrorReason::Event(event) => Failure::runtime("invalid_event", event.to_string()).at_line(at),
                 _ => Failure::runtime("database", error.to_string()),
             };
-            failure.after(self.committed)
-        })?;
-        transaction.commit().await.map_err(broken)?;
+            failure.after(committed)
+        };
+        match &mut self.connection {
+            Connection::Sqlite(pool) => {
+                let broken = |error| Failure::from(outbox::sqlite_error(error)).after(committed);
+                let mut transaction = pool.begin_with("BEGIN IMMEDIATE").await.map_err(broken)?;
+                self.outbox.append(&mut transaction, events).await.map_err(refused)?;
+                transaction.commit().await.map_err(broken)?;
+            }
+            Connection::Postgres(client) => {
+                let broken = |error| Failure::from(outbox::postgres_error(error)).after(committed);
+                let mut transaction = client.transaction().await.map_err(broken)?;
+                self.outbox.append(&mut transaction, events).await.map_err(refused)?;
+                transaction.commit().await.map_err(broken)?;
+            }
+        }
+        self.outbox.wake();
         self.committed += lines.len() as u64;
         Ok(())
     }

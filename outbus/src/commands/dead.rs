@@ -2,12 +2,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use bus_core::{Event, Seq};
-use outbox::{DeadRest, DeadRow, LogAdmin, RequestKind, Selected, SqliteLog};
+use outbox::{DeadRest, DeadRow, LogAdmin, RequestKind, Selected};
 use serde::Serialize;
 
 use crate::{
@@ -89,11 +90,11 @@ pub(super) async fn run(config: &Config, command: DeadCommand, format: Format) -
         DeadCommand::List(args) => {
             let admin = open(config, &args.database).await?;
             let selected = Selected { reason: args.reason, ..Selected::default() };
-            list(&admin, &selected, args.sink.as_deref(), false, format).await.map(drop)
+            list(&*admin, &selected, args.sink.as_deref(), false, format).await.map(drop)
         }
         DeadCommand::Show(selection) => {
             let admin = open(config, &selection.database).await?;
-            let shown = list(&admin, &selected(&selection)?, selection.sink.as_deref(), true, format).await?;
+            let shown = list(&*admin, &selected(&selection)?, selection.sink.as_deref(), true, format).await?;
             all_found(&selection, &shown)
         }
         DeadCommand::Retry(args) => {
@@ -105,7 +106,7 @@ pub(super) async fn run(config: &Config, command: DeadCommand, format: Format) -
     }
 }
 
-async fn open(config: &Config, args: &DatabaseArgs) -> Result<SqliteLog, Failure> {
+async fn open(config: &Config, args: &DatabaseArgs) -> Result<Arc<dyn LogAdmin>, Failure> {
     config.database(args.database.as_deref())?.admin().await
 }
 
@@ -119,7 +120,7 @@ fn selected(selection: &DeadSelection) -> Result<Selected, Failure> {
 
 /// Calls `take` for every row that is meant, page by page.
 async fn for_each(
-    admin: &SqliteLog,
+    admin: &dyn LogAdmin,
     selected: &Selected,
     sink: Option<&str>,
     mut take: impl FnMut(DeadRow) -> Result<(), Failure>,
@@ -138,7 +139,7 @@ async fn for_each(
 
 /// Writes the rows; answers the ids that there were.
 async fn list(
-    admin: &SqliteLog,
+    admin: &dyn LogAdmin,
     selected: &Selected,
     sink: Option<&str>,
     whole: bool,
@@ -267,7 +268,7 @@ async fn ask(
     let selected = selected(selection)?;
     let admin = open(config, &selection.database).await?;
     let (mut found, mut per_sink) = (BTreeSet::new(), BTreeMap::<String, u64>::new());
-    for_each(&admin, &selected, selection.sink.as_deref(), |row| {
+    for_each(&*admin, &selected, selection.sink.as_deref(), |row| {
         found.insert(row.columns.id);
         *per_sink.entry(row.sink).or_default() += 1;
         Ok(())
@@ -276,11 +277,11 @@ async fn ask(
     all_found(selection, &found)?;
     let mut requests = Vec::new();
     for sink in per_sink.into_keys() {
-        requests.push(ask_sink(&admin, sink, kind, &selected, rate).await?);
+        requests.push(ask_sink(&*admin, sink, kind, &selected, rate).await?);
     }
     let deadline = Instant::now() + wait;
     for outcome in &mut requests {
-        follow(&admin, outcome, deadline).await?;
+        follow(&*admin, outcome, deadline).await?;
     }
     let outcomes = Outcomes { requests };
     output::result(format, &outcomes, |outcomes| outcomes_text(outcomes, kind))?;
@@ -294,7 +295,7 @@ async fn ask(
 
 /// Discards at once where no relay runs; asks the sink's owner otherwise.
 async fn ask_sink(
-    admin: &SqliteLog,
+    admin: &dyn LogAdmin,
     sink: String,
     kind: RequestKind,
     selected: &Selected,
@@ -310,7 +311,7 @@ async fn ask_sink(
 }
 
 /// Waits until a request is done, if a relay is there to do it.
-async fn follow(admin: &SqliteLog, outcome: &mut Outcome, deadline: Instant) -> Result<(), Failure> {
+async fn follow(admin: &dyn LogAdmin, outcome: &mut Outcome, deadline: Instant) -> Result<(), Failure> {
     let Some(request) = outcome.request else { return Ok(()) };
     loop {
         if let Some(progress) = admin.progress(request).await? {

@@ -1,6 +1,5 @@
 //! `outbus migrate`
 
-use outbox::{migrate, print_migrations};
 use serde::Serialize;
 
 use crate::{
@@ -24,10 +23,10 @@ struct Migrated {
 pub(super) async fn run(config: &Config, args: &MigrateArgs, format: Format) -> Result<(), Failure> {
     let database = config.database(args.database.database.as_deref())?;
     if args.print {
-        let printed = Printed { sql: print_migrations(&database.tables) };
+        let printed = Printed { sql: database.print_migrations() };
         return Ok(output::result(format, &printed, |printed| printed.sql.trim_end().to_owned())?);
     }
-    let migrated = Migrated { applied: migrate(&database.options, &database.tables).await? };
+    let migrated = Migrated { applied: database.migrate().await? };
     output::result(format, &migrated, |migrated| match migrated.applied.as_slice() {
         [] => "the tables are up to date".to_owned(),
         steps => format!("the tables are ready (applied: {})", steps.join(", ")),

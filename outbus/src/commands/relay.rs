@@ -11,7 +11,7 @@ use std::{
 
 use bus_core::EventBus;
 use indicatif::ProgressBar;
-use outbox::{LogError, Relay, RelayConfig, RelayEvent, RelaySummary, SqliteLog};
+use outbox::{LogError, LogSource, Relay, RelayConfig, RelayEvent, RelaySummary};
 use serde::Serialize;
 use tokio::{sync::watch, task::JoinSet};
 
@@ -144,17 +144,17 @@ impl Daemon {
             () = &mut stop => return Ok(RelaySummary::default()),
         };
         let mut relay =
-            Relay::new(Arc::new(log), Arc::clone(&self.bus), config)?.observe(observer(sink.clone(), self.bar.clone()));
+            Relay::new(log, Arc::clone(&self.bus), config)?.observe(observer(sink.clone(), self.bar.clone()));
         let ended = if self.once { relay.run_once(stop).await } else { relay.run(stop).await };
         ended.map_err(|error| Failure::from(error).of_sink(&sink))
     }
 }
 
 /// Opens the log; what may heal is waited for.
-async fn open_log(database: &Database, sink: &str, config: &RelayConfig) -> Result<SqliteLog, LogError> {
+async fn open_log(database: &Database, sink: &str, config: &RelayConfig) -> Result<Arc<dyn LogSource>, LogError> {
     let mut failures = 0;
     loop {
-        match SqliteLog::open(&database.options, database.tables.clone(), sink).await {
+        match database.log(sink).await {
             Err(error) if error.kind().may_heal() => {
                 if failures == 0 {
                     output::to_stderr(&format!("{sink}: {error}; trying again"));

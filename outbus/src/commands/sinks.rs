@@ -1,6 +1,6 @@
 //! `outbus sinks`
 
-use outbox::{LogAdmin, Sink};
+use outbox::Sink;
 use serde::Serialize;
 
 use crate::{

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use outbox::{LogAdmin, SinkStatus};
+use outbox::SinkStatus;
 use serde::Serialize;
 
 use crate::{

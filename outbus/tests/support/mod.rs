@@ -172,3 +172,60 @@ impl Ran {
 pub(crate) fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace")
 }
+
+/// A PostgreSQL database of its own, dropped at the end.
+pub(crate) struct PostgresDatabase {
+    pub(crate) name: String,
+    pub(crate) url: String,
+    /// The same through PgBouncer.
+    pub(crate) pooled_url: String,
+    /// The file of the server's certificate authority.
+    pub(crate) ca: String,
+    server: String,
+}
+
+impl PostgresDatabase {
+    pub(crate) fn create() -> Self {
+        static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+        let variable = |name: &str| std::env::var(name).unwrap_or_else(|_| panic!("{name} is set: cargo xtask test"));
+        let (server, pooler) = (variable("OUTBUS_TEST_POSTGRES_URL"), variable("OUTBUS_TEST_PGBOUNCER_URL"));
+        let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let name = format!("outbus_cli_{}_{number}", std::process::id());
+        let of = |url: &str| format!("{}/{name}", url.rsplit_once('/').expect("a database in the URL").0);
+        let (url, pooled_url) = (of(&server), of(&pooler));
+        run_sql(&server, &format!("CREATE DATABASE {name}"));
+        Self { name, url, pooled_url, ca: variable("OUTBUS_TEST_POSTGRES_CA"), server }
+    }
+
+    pub(crate) fn run(&self, sql: &str) {
+        run_sql(&self.url, sql);
+    }
+
+    /// Two columns of a query, as texts.
+    pub(crate) fn query(&self, sql: &str) -> Vec<(String, String)> {
+        block_on(async {
+            let rows = client(&self.url).await.query(sql, &[]).await.expect("rows");
+            rows.iter().map(|row| (row.get(0), row.get(1))).collect()
+        })
+    }
+}
+
+impl Drop for PostgresDatabase {
+    fn drop(&mut self) {
+        run_sql(&self.server, &format!("DROP DATABASE {} WITH (FORCE)", self.name));
+    }
+}
+
+fn run_sql(url: &str, sql: &str) {
+    block_on(async { client(url).await.batch_execute(sql).await.expect("a statement") });
+}
+
+async fn client(url: &str) -> tokio_postgres::Client {
+    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await.expect("a connection");
+    tokio::spawn(connection);
+    client
+}
+
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(future)
+}

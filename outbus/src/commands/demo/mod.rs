@@ -64,7 +64,7 @@ pub(super) async fn run(args: DemoArgs, format: Format) -> Result<(), Failure> {
         tempfile::tempdir().map_err(|error| Failure::runtime("demo", format!("no temporary folder: {error}")))?;
     let named = args.database.clone();
     let url = named.clone().unwrap_or_else(|| format!("sqlite://{}", temporary.path().join("demo.db").display()));
-    let database = Database::from_url(&url)?;
+    let database = Database::from_url(&url, None)?;
     let trade = Trade::new(args.events, args.file)?;
     let mut shop = Shop::open(&database, seed).await?;
     let bus: Arc<dyn EventBus> = Arc::new(InMemoryBus::new());
@@ -265,7 +265,7 @@ impl KillableRelay {
     }
 
     async fn relay(&self) -> Result<Relay, Failure> {
-        let log = outbox::SqliteLog::open(&self.database.options, self.database.tables.clone(), SINK).await?;
+        let log = self.database.log(SINK).await?;
         let mut config = RelayConfig {
             allow_volatile: true,
             retention: None,
@@ -275,6 +275,6 @@ impl KillableRelay {
         if self.kill {
             config.lease = KILLED_LEASE;
         }
-        Ok(Relay::new(Arc::new(log), Arc::clone(&self.bus), config)?.wake(&self.wake))
+        Ok(Relay::new(log, Arc::clone(&self.bus), config)?.wake(&self.wake))
     }
 }

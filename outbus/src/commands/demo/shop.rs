@@ -1,14 +1,14 @@
 //! [`Shop`]: an order service that writes its orders and appends their events in one transaction.
 
 use bus_core::{Event, Seq, SeqSet};
-use outbox::{LogAdmin as _, Outbox, OutboxConfig, SinkStatus, sqlite_error};
+use outbox::{Outbox, SinkStatus, sqlite_error};
 use serde_json::json;
 use sqlx::{Row as _, Sqlite, SqlitePool, Transaction};
 use tokio::sync::mpsc;
 
 use super::SINK;
 use crate::{
-    database::Database,
+    database::{Database, DatabaseKind},
     failure::Failure,
     input::{Ahead, Input, Line},
 };
@@ -40,11 +40,13 @@ pub(super) struct Shop {
 
 impl Shop {
     pub(super) async fn open(database: &Database, seed: u64) -> Result<Self, Failure> {
-        let pool = SqlitePool::connect_with(database.options.clone().create_if_missing(true)).await.map_err(away)?;
-        let outbox =
-            Outbox::sqlite(pool.clone(), OutboxConfig { tables: database.tables.clone(), ..OutboxConfig::default() });
+        let DatabaseKind::Sqlite(options) = &database.kind else {
+            return Err(Failure::usage("demo_database", "the demo runs on SQLite: name a file, as sqlite:shop.db"));
+        };
+        let pool = SqlitePool::connect_with((**options).clone().create_if_missing(true)).await.map_err(away)?;
+        let outbox = database.sqlite_outbox(pool.clone());
         outbox.migrate().await?;
-        check_is_settled(database).await?;
+        check_is_settled(database, &options.get_filename().display().to_string()).await?;
         sqlx::query(CREATE).execute(&pool).await.map_err(away)?;
         let before: i64 = sqlx::query_scalar(LAST).fetch_one(&pool).await.map_err(away)?;
         Ok(Self {
@@ -122,8 +124,7 @@ impl Shop {
 }
 
 /// Refuses an outbox that others publish, or whose events of before the demo would take for its own.
-async fn check_is_settled(database: &Database) -> Result<(), Failure> {
-    let file = database.options.get_filename().display().to_string();
+async fn check_is_settled(database: &Database, file: &str) -> Result<(), Failure> {
     let used = |what: String| Err(Failure::usage("demo_database", format!("{file}: {what}, or name another file")));
     let logs = database.admin().await?.status().await?;
     if let Some(owner) = logs.iter().find_map(|log| log.owner.as_ref()) {

@@ -1,0 +1,166 @@
+//! The log on PostgreSQL.
+//!
+//! Writers draw places side by side, so a place may become visible after later ones, or never: such gaps are the
+//! cursor's unseen holes. Every statement is sent whole, with the types of its parameters, in one message: no prepared
+//! statement outlives it, so a pooler that gives each transaction another connection does no harm.
+
+mod config;
+mod error;
+#[cfg(feature = "tls")]
+mod tls;
+mod notify;
+mod values;
+mod gaps;
+mod migrate;
+mod source;
+mod owner;
+mod admin;
+mod append;
+
+use std::{
+    fmt,
+    sync::{
+        Mutex as StdMutex, PoisonError,
+        atomic::{AtomicU64, AtomicUsize},
+    },
+    time::Duration,
+};
+
+use tokio::sync::{Mutex, MutexGuard};
+use tokio_postgres::{Client, Row};
+
+use crate::{LogError, Tables, check_sink};
+use gaps::Gaps;
+use notify::Listener;
+
+pub use append::PostgresRows;
+pub use config::PostgresConfig;
+pub use error::log_error;
+pub(crate) use notify::Notifier;
+
+pub use migrate::{migrate, print_migrations};
+
+/// How long a statement may take before its connection counts as broken.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// One log of a PostgreSQL database, read for one sink.
+///
+/// It has connections of its own, so that reading, writing, removing and waiting do not wait for each other.
+pub struct PostgresLog {
+    tables: Tables,
+    sink: String,
+    reader: Slot,
+    writer: Slot,
+    janitor: Slot,
+    gaps: StdMutex<Gaps>,
+    listener: Listener,
+    watcher: Slot,
+    /// The highest place that was drawn when somebody looked last.
+    seen_last: AtomicU64,
+    /// Microseconds until a commit has reached the disk that did not wait for it.
+    write_delay: AtomicU64,
+    /// Rows per byte of the last page, so that the next one asks for no more than it may bring.
+    row_bytes: AtomicUsize,
+}
+
+impl PostgresLog {
+    fn closed(config: &PostgresConfig, tables: Tables, sink: &str) -> Self {
+        let slot = || Slot { config: config.clone(), client: Mutex::new(None) };
+        Self {
+            tables,
+            sink: sink.to_owned(),
+            reader: slot(),
+            writer: slot(),
+            janitor: slot(),
+            gaps: StdMutex::default(),
+            listener: Listener::default(),
+            watcher: slot(),
+            seen_last: AtomicU64::new(u64::MAX),
+            write_delay: AtomicU64::new(0),
+            row_bytes: AtomicUsize::new(0),
+        }
+    }
+
+    /// Opens the log `outbox` of the database, for `sink`.
+    ///
+    /// # Errors
+    ///
+    /// [`Unavailable`](crate::LogErrorKind::Unavailable) if the server is away, [`Schema`](crate::LogErrorKind::Schema)
+    /// if it has not our tables, [`Denied`](crate::LogErrorKind::Denied) if it does not let us in.
+    pub async fn open(config: &PostgresConfig, tables: Tables, sink: &str) -> Result<Self, LogError> {
+        check_sink(sink)?;
+        Self::open_admin_as(config, tables, sink).await
+    }
+
+    /// Opens the log for an operator.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](PostgresLog::open).
+    pub async fn open_admin(config: &PostgresConfig, tables: Tables) -> Result<Self, LogError> {
+        Self::open_admin_as(config, tables, "").await
+    }
+
+    async fn open_admin_as(config: &PostgresConfig, tables: Tables, sink: &str) -> Result<Self, LogError> {
+        let log = Self::closed(config, tables, sink);
+        let mut held = log.reader.lock().await?;
+        let checked = timely(migrate::check(held.get(), &log.tables)).await;
+        held.check(checked)?;
+        Ok(log)
+    }
+
+    fn gaps(&self) -> std::sync::MutexGuard<'_, Gaps> {
+        self.gaps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for PostgresLog {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PostgresLog")
+            .field("config", &self.reader.config)
+            .field("sink", &self.sink)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A connection that is opened when it is needed, and again after it failed.
+struct Slot {
+    config: PostgresConfig,
+    client: Mutex<Option<Client>>,
+}
+
+struct Held<'a>(MutexGuard<'a, Option<Client>>);
+
+impl Slot {
+    async fn lock(&self) -> Result<Held<'_>, LogError> {
+        let mut guard = self.client.lock().await;
+        if guard.as_ref().is_none_or(Client::is_closed) {
+            *guard = Some(self.config.connect().await?);
+        }
+        Ok(Held(guard))
+    }
+}
+
+impl Held<'_> {
+    fn get(&mut self) -> &mut Client {
+        self.0.as_mut().expect("it was opened by `lock`")
+    }
+
+    /// After an error the connection is opened anew, whatever state it was left in.
+    fn check<T>(mut self, result: Result<T, LogError>) -> Result<T, LogError> {
+        if result.as_ref().is_err_and(|error| error.kind() != crate::LogErrorKind::Fenced) {
+            *self.0 = None;
+        }
+        result
+    }
+}
+
+/// Gives up on a server that does not answer.
+async fn timely<T>(work: impl Future<Output = Result<T, LogError>>) -> Result<T, LogError> {
+    tokio::time::timeout(STATEMENT_TIMEOUT, work).await.unwrap_or_else(|_| Err(error::timed_out("a statement")))
+}
+
+/// A column of a row that we selected; one that is not what we selected is damaged.
+fn column<'r, T: tokio_postgres::types::FromSql<'r>>(row: &'r Row, index: usize) -> Result<T, LogError> {
+    row.try_get(index).map_err(log_error)
+}

@@ -1,0 +1,165 @@
+//! Waking across processes: those who append notify, debounced and outside their transactions; those who relay listen.
+//!
+//! A notification is only a speed-up. One that is lost, or that a pooler swallows, costs no more than the next poll.
+
+use std::{
+    convert::Infallible,
+    future::poll_fn,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::{sync::watch, task::JoinHandle};
+use tokio_postgres::{AsyncMessage, Client, types::Type};
+
+use super::{PostgresConfig, Tables, log_error, timely};
+use crate::LogError;
+
+/// Fewest time between two notifications of one process.
+const DEBOUNCE: Duration = Duration::from_millis(1);
+/// Pause before a connection for notifications is opened again.
+const RECONNECT: Duration = Duration::from_secs(1);
+
+const LISTEN: &str = "LISTEN \"{schema}.outbox\"";
+/// Need not wait for the disk: a notification that a crash swallows is found by polling.
+const NOTIFY: &str = "SELECT pg_notify('{schema}.outbox', ''), set_config('synchronous_commit', 'off', false)";
+
+/// Tells relays in other processes that something was committed.
+#[derive(Debug)]
+pub(crate) struct Notifier {
+    config: PostgresConfig,
+    tables: Tables,
+    wanted: watch::Sender<()>,
+    is_running: Arc<AtomicBool>,
+}
+
+impl Notifier {
+    pub(crate) fn new(config: PostgresConfig, tables: Tables) -> Self {
+        Self { config, tables, wanted: watch::Sender::new(()), is_running: Arc::default() }
+    }
+
+    pub(crate) fn config(&self) -> &PostgresConfig {
+        &self.config
+    }
+
+    /// Has a notification sent soon. Outside a runtime nothing is sent.
+    pub(crate) fn notify(&self) {
+        self.wanted.send_replace(());
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        if !self.is_running.swap(true, Ordering::AcqRel) {
+            let wanted = self.wanted.subscribe();
+            let (config, sql) = (self.config.clone(), self.tables.qualify(NOTIFY));
+            let running = Running(Arc::clone(&self.is_running));
+            runtime.spawn(async move {
+                let _running = running;
+                send(wanted, config, sql).await;
+            });
+        }
+    }
+}
+
+/// Whether the sending task runs: its runtime may end before the outbox does.
+struct Running(Arc<AtomicBool>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
+/// Sends what is wanted, until the outbox is gone. The first notification is wanted already.
+async fn send(mut wanted: watch::Receiver<()>, config: PostgresConfig, sql: String) {
+    let mut client: Option<Client> = None;
+    loop {
+        if let Err(error) = send_one(&mut client, &config, &sql).await {
+            tracing::debug!(%error, "relays elsewhere could not be notified: they find it by polling");
+            client = None;
+            tokio::time::sleep(RECONNECT).await;
+        }
+        tokio::time::sleep(DEBOUNCE).await;
+        if wanted.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+async fn send_one(client: &mut Option<Client>, config: &PostgresConfig, sql: &str) -> Result<(), LogError> {
+    let open = match client {
+        Some(open) if !open.is_closed() => open,
+        _ => client.insert(config.connect().await?),
+    };
+    timely(async { open.query_typed(sql, &[]).await.map_err(log_error) }).await?;
+    Ok(())
+}
+
+/// Hears notifications from other processes.
+#[derive(Debug, Default)]
+pub(super) struct Listener {
+    heard: Mutex<Option<(watch::Receiver<()>, JoinHandle<Infallible>)>>,
+}
+
+impl Listener {
+    /// Waits for a notification since the last one that was waited for.
+    pub(super) async fn wait(&self, config: &PostgresConfig, tables: &Tables) {
+        self.start(config, tables);
+        poll_fn(|context| {
+            let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+            let Some((receiver, _)) = heard.as_mut() else { return std::task::Poll::Pending };
+            std::pin::pin!(receiver.changed()).poll(context).map(|_| ())
+        })
+        .await;
+    }
+
+    fn start(&self, config: &PostgresConfig, tables: &Tables) {
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        if heard.as_ref().is_none_or(|(_, task)| task.is_finished()) {
+            let (sender, receiver) = watch::channel(());
+            let task = tokio::spawn(listen(config.clone(), tables.qualify(LISTEN), sender));
+            *heard = Some((receiver, task));
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some((_, task)) = self.heard.get_mut().unwrap_or_else(PoisonError::into_inner) {
+            task.abort();
+        }
+    }
+}
+
+/// Listens for ever, on one connection after the other. What came while there was none is told of by every new one.
+async fn listen(config: PostgresConfig, sql: String, heard: watch::Sender<()>) -> Infallible {
+    loop {
+        let ended = config.listen(&sql, &heard).await;
+        tracing::debug!(error = ended.err().map(tracing::field::display), "listening for notifications ended");
+        tokio::time::sleep(RECONNECT).await;
+    }
+}
+
+/// Drives a connection and passes on its notifications, until it ends.
+pub(super) async fn hear<S, T>(
+    mut connection: tokio_postgres::Connection<S, T>,
+    heard: watch::Sender<()>,
+) -> Result<(), tokio_postgres::Error>
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+    T: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin,
+{
+    while let Some(message) = poll_fn(|context| connection.poll_message(context)).await {
+        if matches!(message?, AsyncMessage::Notification(_)) {
+            heard.send_replace(());
+        }
+    }
+    Ok(())
+}
+
+/// Sends the statement that begins to listen; the connection must be driven meanwhile.
+pub(super) async fn begin(client: &Client, sql: &str) -> Result<(), LogError> {
+    let none: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)] = &[];
+    client.query_typed(sql, none).await.map_err(log_error)?;
+    Ok(())
+}

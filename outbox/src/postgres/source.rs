@@ -1,0 +1,266 @@
+//! Reading the log.
+
+use std::{
+    collections::BTreeSet,
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
+
+use async_trait::async_trait;
+use bus_core::{Seq, SeqSet};
+use futures_util::TryStreamExt;
+use tokio_postgres::{
+    Client,
+    types::{ToSql, Type},
+};
+
+use super::{
+    PostgresLog, column,
+    gaps::Holder,
+    log_error,
+    owner::Owner,
+    timely,
+    values::{COLUMNS, multirange},
+};
+use crate::{
+    Acquire, Acquisition, Change, DeadRow, Lease, LogError, LogSource, Page, PageLimit, Probe, Pruned, ReadRows,
+    Request, Row, Selected,
+    rows::{Decoder, signed},
+};
+
+/// Shortest and longest pause between two looks at whether somebody drew a place without a notification.
+const WATCH_MIN: Duration = Duration::from_millis(10);
+const WATCH_MAX: Duration = Duration::from_millis(250);
+/// Fewest rows to ask for, however large the last ones were.
+const ROWS_MIN: usize = 16;
+
+const FETCH: &str = "SELECT {columns} FROM {p}outbox WHERE seq > $1 ORDER BY seq LIMIT $2";
+/// Range by range by the index, and everything in one view of the database.
+const READ: &str = "SELECT {columns} FROM unnest($1::text::int8multirange) AS wanted (places) CROSS JOIN LATERAL \
+     (SELECT * FROM {p}outbox WHERE seq >= lower(places) AND seq < upper(places) ORDER BY seq LIMIT $2) found \
+     ORDER BY seq LIMIT $2";
+/// With the oldest transaction that was not over in that view; one row without a place where nothing is visible.
+const PROBE: &str = "SELECT found.*, pg_snapshot_xmin(pg_current_snapshot())::text FROM (SELECT 1) once \
+     LEFT JOIN ({read}) found ON true";
+/// All who hold the lock that drawing a place takes; prepared transactions have no process.
+const HOLDERS: &str = "SELECT coalesce(virtualtransaction, ''), pid FROM pg_locks WHERE locktype = 'relation' \
+     AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
+     AND relation = '{p}outbox'::regclass AND mode = 'RowExclusiveLock' AND granted";
+/// A commit that does not wait for the disk has reached it after three rounds of the writer of the write-ahead log.
+/// Source: postgresql.org/docs/current/wal-async-commit.html.
+const WRITE_DELAY: &str = "SELECT 3 * extract(epoch FROM current_setting('wal_writer_delay')::interval)::float8";
+const LAST_SEQ: &str = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {p}outbox_seq";
+
+#[async_trait]
+impl LogSource for PostgresLog {
+    fn sink(&self) -> &str {
+        &self.sink
+    }
+
+    async fn fetch(&self, after: Seq, limit: PageLimit) -> Result<Page, LogError> {
+        let mut held = self.reader.lock().await?;
+        let sql = self.tables.qualify(&FETCH.replace("{columns}", COLUMNS));
+        let after = signed(after.0);
+        let rows = timely(self.read_rows(held.get(), &sql, (&after, Type::INT8), limit)).await;
+        // Writers draw places side by side: what is missing may become visible yet.
+        held.check(rows.map(|found| Page { rows: found.rows, gaps_are_dead: false }))
+    }
+
+    async fn probe(&self, unseen: &SeqSet, limit: PageLimit) -> Result<Probe, LogError> {
+        self.gaps().see(unseen, Instant::now());
+        let mut held = self.reader.lock().await?;
+        let probed = timely(self.probe_on(held.get(), unseen, limit)).await;
+        held.check(probed)
+    }
+
+    async fn read(&self, seqs: &SeqSet, limit: PageLimit) -> Result<ReadRows, LogError> {
+        let mut held = self.reader.lock().await?;
+        let sql = self.tables.qualify(&READ.replace("{columns}", COLUMNS));
+        let found = timely(self.read_rows(held.get(), &sql, (&multirange(seqs), Type::TEXT), limit)).await;
+        let found = held.check(found)?;
+        let through = found.through(seqs);
+        Ok(ReadRows { rows: found.rows, through })
+    }
+
+    async fn last_seq(&self) -> Result<Seq, LogError> {
+        let mut held = self.reader.lock().await?;
+        let last = timely(last_seq(held.get(), &self.tables.qualify(LAST_SEQ))).await;
+        held.check(last)
+    }
+
+    async fn acquire(&self, request: &Acquire) -> Result<Acquisition, LogError> {
+        let mut held = self.writer.lock().await?;
+        let acquired = timely(self.take(held.get(), request)).await;
+        if matches!(acquired, Ok(Acquisition::Owned(_))) {
+            *self.gaps() = super::Gaps::default();
+        }
+        held.check(acquired)
+    }
+
+    async fn commit(&self, lease: &Lease, change: &Change) -> Result<(), LogError> {
+        let mut held = self.writer.lock().await?;
+        let seen = self.gaps().seen();
+        let committed = timely(self.owner(held.get()).commit(lease, change)).await;
+        let xid = held.check(committed)?;
+        self.gaps().bound(seen, xid);
+        Ok(())
+    }
+
+    async fn release(&self, lease: &Lease) -> Result<(), LogError> {
+        let mut held = self.writer.lock().await?;
+        let released = timely(self.owner(held.get()).release(lease)).await;
+        held.check(released)
+    }
+
+    async fn set_aside(&self, of: &Selected, after: Seq, limit: usize) -> Result<Vec<DeadRow>, LogError> {
+        let mut held = self.writer.lock().await?;
+        let rows = timely(self.dead_rows(held.get(), of, Some((self.sink.as_str(), after)), limit)).await;
+        let rows = rows.map(|rows| rows.into_iter().filter(|row| row.sink == self.sink).collect());
+        held.check(rows)
+    }
+
+    async fn requests(&self) -> Result<Vec<Request>, LogError> {
+        let mut held = self.reader.lock().await?;
+        let requests = timely(self.open_requests(held.get())).await;
+        held.check(requests)
+    }
+
+    async fn prune(&self, janitor: &str, retention: Duration, rows_max: usize) -> Result<Pruned, LogError> {
+        let mut held = self.janitor.lock().await?;
+        let pruned = timely(self.owner(held.get()).prune(janitor, retention, rows_max)).await;
+        held.check(pruned)
+    }
+
+    fn write_delay(&self) -> Duration {
+        Duration::from_micros(self.write_delay.load(Ordering::Relaxed))
+    }
+
+    /// A checkpoint waits for no disk and locks nobody out.
+    fn checkpoint_interval(&self) -> Duration {
+        Duration::from_millis(20)
+    }
+
+    async fn changed(&self) {
+        tokio::select! {
+            () = self.listener.wait(&self.reader.config, &self.tables) => {}
+            () = self.drawn() => {}
+        }
+    }
+}
+
+/// What a statement with a limit found.
+struct Found {
+    rows: Vec<Row>,
+    is_cut: bool,
+}
+
+impl Found {
+    /// Everything up to here was looked at.
+    fn through(&self, wanted: &SeqSet) -> Seq {
+        let last = self.rows.last().filter(|_| self.is_cut).map(|row| row.seq);
+        last.or(wanted.last()).unwrap_or_default()
+    }
+}
+
+impl PostgresLog {
+    async fn take(&self, client: &mut Client, request: &Acquire) -> Result<Acquisition, LogError> {
+        let delay = client.query_typed_one(WRITE_DELAY, &[]).await.map_err(log_error)?;
+        let micros = Duration::from_secs_f64(column::<f64>(&delay, 0)?.clamp(0.0, 60.0)).as_micros();
+        self.write_delay.store(u64::try_from(micros).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.owner(client).acquire(request).await
+    }
+
+    /// Looks now and then, ever less often, whether a place was drawn since somebody looked last.
+    async fn drawn(&self) {
+        let mut pause = WATCH_MIN;
+        loop {
+            tokio::time::sleep(pause).await;
+            // An error here is met again, and told, by whoever reads next.
+            if let Ok(last) = self.watch_last().await
+                && self.seen_last.swap(last.0, Ordering::Relaxed) != last.0
+            {
+                return;
+            }
+            pause = (pause * 2).min(WATCH_MAX);
+        }
+    }
+
+    async fn watch_last(&self) -> Result<Seq, LogError> {
+        let mut held = self.watcher.lock().await?;
+        let last = timely(last_seq(held.get(), &self.tables.qualify(LAST_SEQ))).await;
+        held.check(last)
+    }
+
+    pub(super) fn owner<'a>(&'a self, client: &'a mut Client) -> Owner<'a> {
+        Owner { tables: &self.tables, sink: &self.sink, client }
+    }
+
+    /// Rows to ask for, so that they bring about the bytes that are wanted.
+    fn rows_max(&self, limit: PageLimit) -> usize {
+        let by_bytes = limit.bytes / self.row_bytes.load(Ordering::Relaxed).max(1);
+        limit.events.min(by_bytes.max(ROWS_MIN)).max(1)
+    }
+
+    /// Runs a statement whose second parameter is the number of rows, until the bytes are enough.
+    async fn read_rows(
+        &self,
+        client: &Client,
+        sql: &str,
+        first: (&(dyn ToSql + Sync), Type),
+        limit: PageLimit,
+    ) -> Result<Found, LogError> {
+        let max = self.rows_max(limit);
+        let count = i64::try_from(max).unwrap_or(i64::MAX);
+        let parameters: [(&(dyn ToSql + Sync), Type); 2] = [first, (&count, Type::INT8)];
+        let mut stream = std::pin::pin!(client.query_typed_raw(sql, parameters).await.map_err(log_error)?);
+        let (mut rows, mut decoder, mut bytes) = (Vec::new(), Decoder::default(), 0);
+        let mut is_cut = false;
+        while let Some(row) = stream.try_next().await.map_err(log_error)? {
+            let row = decoder.row(&row)?;
+            bytes += row.size_bytes();
+            rows.push(row);
+            is_cut = rows.len() == max || bytes >= limit.bytes;
+            if is_cut {
+                break;
+            }
+        }
+        if !rows.is_empty() {
+            self.row_bytes.store(bytes / rows.len(), Ordering::Relaxed);
+        }
+        Ok(Found { rows, is_cut })
+    }
+
+    async fn probe_on(&self, client: &Client, unseen: &SeqSet, limit: PageLimit) -> Result<Probe, LogError> {
+        if self.gaps().wants_locks(Instant::now()) {
+            let holders = lock_holders(client, &self.tables.qualify(HOLDERS)).await?;
+            self.gaps().read_locks(&holders, Instant::now());
+        }
+        let read = READ.replace("{columns}", COLUMNS);
+        let sql = self.tables.qualify(&PROBE.replace("{read}", &read));
+        let max = self.rows_max(limit);
+        let (places, count) = (multirange(unseen), i64::try_from(max).unwrap_or(i64::MAX));
+        let found =
+            client.query_typed(&sql, &[(&places, Type::TEXT), (&count, Type::INT8)]).await.map_err(log_error)?;
+        let xmin = found.first().map_or(Ok("0"), |row| column(row, 11))?;
+        let xmin: u64 = xmin.parse().map_err(|error| crate::rows::damaged("xmin", error))?;
+        let mut decoder = Decoder::default();
+        let visible = found.iter().filter(|row| matches!(row.try_get::<_, Option<i64>>(0), Ok(Some(_))));
+        let rows = visible.map(|row| decoder.row(row)).collect::<Result<Vec<_>, _>>()?;
+        let found = Found { is_cut: rows.len() >= max, rows };
+        let through = found.through(unseen);
+        let seen: SeqSet = found.rows.iter().map(|row| row.seq).collect();
+        let dead = self.gaps().probed(&unseen.within(Seq::ZERO, through), &seen, xmin);
+        Ok(Probe { rows: found.rows, dead, through })
+    }
+}
+
+async fn lock_holders(client: &Client, sql: &str) -> Result<BTreeSet<Holder>, LogError> {
+    let rows = client.query_typed(sql, &[]).await.map_err(log_error)?;
+    let holder = |row: &tokio_postgres::Row| Ok(Holder { transaction: column(row, 0)?, pid: column(row, 1)? });
+    rows.iter().map(holder).collect()
+}
+
+async fn last_seq(client: &Client, sql: &str) -> Result<Seq, LogError> {
+    let row = client.query_typed_one(sql, &[]).await.map_err(log_error)?;
+    Ok(Seq(column::<i64>(&row, 0)?.unsigned_abs()))
+}

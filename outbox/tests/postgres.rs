@@ -1,0 +1,399 @@
+//! The relay on a real PostgreSQL, against everything that writers, other sessions and a bad connection do to it. A ledger
+//! compares what was committed with what was published. Each test says which mutant it catches.
+
+#[path = "support/database.rs"]
+mod database;
+mod support;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::Write as _,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bus_core::{OrderOnFailure, Seq};
+use database::{Database, server};
+use outbox::{LogAdmin, Relay, RelayConfig};
+use support::{Running, ScriptedBus, config, event, ids, until, within};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+use tokio_postgres::IsolationLevel;
+
+const FAIL_STOP: OrderOnFailure = OrderOnFailure::FailStop;
+const INDEPENDENT: OrderOnFailure = OrderOnFailure::Independent;
+
+fn seed() -> u64 {
+    let seed =
+        std::env::var("OUTBUS_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
+    writeln!(std::io::stderr(), "OUTBUS_SEED={seed}").expect("stderr takes it");
+    seed
+}
+
+async fn relay(database: &Database, bus: &ScriptedBus, config: RelayConfig) -> Relay {
+    Relay::new(database.log("main").await, bus.arc(), config).expect("a relay").wake(database.outbox.wake_signal())
+}
+
+/// What was committed is published, what was not is not, and each key's first occurrences are in the order of its
+/// versions, which its transactions drew under the aggregate's lock.
+async fn check_ledger(database: &Database, bus: &ScriptedBus) {
+    let committed: BTreeSet<String> = database.committed().await.into_iter().collect();
+    until("everything committed is published", async || {
+        let stored: BTreeSet<String> = ids(&bus.stored()).into_iter().collect();
+        committed.is_subset(&stored)
+    })
+    .await;
+    let (mut seen, mut versions) = (BTreeSet::new(), BTreeMap::<String, u64>::new());
+    for event in bus.stored() {
+        assert!(committed.contains(event.id()), "{} was never committed", event.id());
+        if seen.insert(event.id().to_owned()) {
+            let version: u64 = event.id().rsplit('-').next().expect("a version").parse().expect("a number");
+            let before = versions.insert(event.key().expect("a key").to_owned(), version);
+            assert!(before.is_none_or(|before| before < version), "{} came behind {before:?}", event.id());
+        }
+    }
+}
+
+/// A writer that does what writers do: it locks an aggregate, appends its next versions, and commits, or does not.
+struct Writer {
+    database: Arc<Database>,
+    random: fastrand::Rng,
+    name: usize,
+}
+
+impl Writer {
+    async fn run(mut self, stop: Arc<AtomicBool>) {
+        let mut client = self.database.client().await;
+        for n in 0.. {
+            if stop.load(Ordering::SeqCst) {
+                return;
+            }
+            // What PostgreSQL refuses, as it may under SERIALIZABLE, is rolled back.
+            let _refused = self.transact(&mut client, n).await;
+        }
+    }
+
+    async fn transact(&mut self, client: &mut tokio_postgres::Client, n: usize) -> Result<(), tokio_postgres::Error> {
+        let level = if self.random.u8(..6) == 0 { IsolationLevel::Serializable } else { IsolationLevel::ReadCommitted };
+        let mut transaction = client.build_transaction().isolation_level(level).start().await?;
+        let key = self.random.usize(..6);
+        let lock = self.database.sql("SELECT version FROM {p}aggregate WHERE id = $1 FOR UPDATE");
+        let mut version: i64 = transaction.query_one(&lock, &[&(key as i32)]).await?.get(0);
+        for _ in 0..1 + self.random.usize(..3) {
+            version += 1;
+            if self.random.u8(..5) == 0 {
+                // A place that is drawn, and rolled back with its savepoint.
+                let mut savepoint = transaction.transaction().await?;
+                self.append(&mut savepoint, key, version).await;
+                self.pause(20).await;
+                savepoint.rollback().await?;
+            }
+            if self.random.u8(..4) == 0 {
+                self.slow_insert(&transaction, key, version).await?;
+            } else {
+                self.append(&mut transaction, key, version).await;
+            }
+            self.pause(8).await;
+        }
+        let update = self.database.sql("UPDATE {p}aggregate SET version = $2 WHERE id = $1");
+        transaction.execute(&update, &[&(key as i32), &version]).await?;
+        match self.random.u8(..10) {
+            0 | 1 => transaction.rollback().await,
+            2 => {
+                let id = format!("{}_{}_{n}", self.database.schema, self.name);
+                transaction.batch_execute(&format!("PREPARE TRANSACTION '{id}'")).await?;
+                drop(transaction);
+                self.pause(40).await;
+                let how = if self.random.bool() { "COMMIT" } else { "ROLLBACK" };
+                client.batch_execute(&format!("{how} PREPARED '{id}'")).await
+            }
+            _ => {
+                transaction.commit().await?;
+                self.database.outbox.wake();
+                Ok(())
+            }
+        }
+    }
+
+    async fn append(&self, transaction: &mut tokio_postgres::Transaction<'_>, key: usize, version: i64) {
+        let event = event(&format!("k{key}"), version as usize);
+        // The test is about what is committed; a refusal shows at the commit.
+        let _refused = self.database.outbox.append(transaction, [event]).await;
+    }
+
+    /// Plain SQL whose row is inserted some time after its place was drawn.
+    async fn slow_insert(
+        &mut self,
+        transaction: &tokio_postgres::Transaction<'_>,
+        key: usize,
+        version: i64,
+    ) -> Result<(), tokio_postgres::Error> {
+        let sql = self.database.sql(
+            "INSERT INTO {p}outbox (id, topic, key, type, data) SELECT $1, 'orders', $2, 'order.placed', '1'::bytea \
+             FROM (SELECT pg_sleep($3)) slept",
+        );
+        let (id, name) = (format!("k{key}-{version}"), format!("k{key}"));
+        let slept = f64::from(self.random.u8(..20)) / 1_000.0;
+        transaction.execute(&sql, &[&id, &name, &slept]).await.map(|_| ())
+    }
+
+    async fn pause(&mut self, millis_max: u64) {
+        if self.random.bool() {
+            tokio::time::sleep(Duration::from_millis(self.random.u64(..millis_max))).await;
+        }
+    }
+}
+
+/// Writers side by side with rollbacks, savepoints, two-phase commit, serialization failures and sleeps, a transaction
+/// that stays open all the time, and a relay that is killed again and again. Catches the mutants that probe before they
+/// fetch (reorders) and that close gaps by locks blind to prepared transactions (loses); each was tried.
+async fn writers_against_a_relay(order: OrderOnFailure) {
+    let database = Arc::new(Database::create().await);
+    let seed = seed();
+    database
+        .run(
+            "CREATE TABLE {p}aggregate (id int PRIMARY KEY, version bigint NOT NULL); \
+         INSERT INTO {p}aggregate SELECT n, 0 FROM generate_series(0, 5) n",
+        )
+        .await;
+    let mut idle = database.client().await;
+    let open = idle.transaction().await.expect("a transaction");
+    open.batch_execute(&database.sql("CREATE TABLE {p}foreign_work (); SELECT pg_current_xact_id()"))
+        .await
+        .expect("an xid");
+    let stop = Arc::new(AtomicBool::new(false));
+    let mut writers = tokio::task::JoinSet::new();
+    for name in 0..8 {
+        let random = fastrand::Rng::with_seed(seed.wrapping_add(name as u64));
+        writers.spawn(Writer { database: Arc::clone(&database), random, name }.run(Arc::clone(&stop)));
+    }
+    let bus = ScriptedBus::new(order);
+    let config = RelayConfig { lease: Duration::from_millis(400), ..config() };
+    let mut random = fastrand::Rng::with_seed(seed);
+    for _ in 0..6 {
+        let running = Running::start(relay(&database, &bus, config.clone()).await);
+        tokio::time::sleep(Duration::from_millis(random.u64(400..1_200))).await;
+        running.kill().await;
+    }
+    stop.store(true, Ordering::SeqCst);
+    writers.join_all().await;
+    let running = Running::start(relay(&database, &bus, config).await);
+    check_ledger(&database, &bus).await;
+    // The open transaction wrote nothing of this log: its gaps close all the same.
+    until("no hole is left", async || database.admin().await.status().await.expect("a status")[0].holes == 0).await;
+    open.rollback().await.expect("it ends");
+    running.stop().await;
+    assert!(bus.stored().len() > 200, "only {} events", bus.stored().len());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn whatever_writers_do_is_published_in_order_on_a_fail_stop_bus() {
+    writers_against_a_relay(FAIL_STOP).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn whatever_writers_do_is_published_in_order_on_an_independent_bus() {
+    writers_against_a_relay(INDEPENDENT).await;
+}
+
+/// A transaction that holds a place of this log open delays nobody but itself; what it holds is published when it commits.
+/// Catches the mutant that waits at a gap.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn an_open_transaction_of_this_log_delays_only_itself() {
+    let (database, bus) = (Database::create().await, ScriptedBus::new(FAIL_STOP));
+    let running = Running::start(relay(&database, &bus, config()).await);
+    let mut slow = database.client().await;
+    let mut open = slow.transaction().await.expect("a transaction");
+    database.outbox.append(&mut open, [event("slow", 0)]).await.expect("it is appended");
+    database.append((0..100).map(|n| event("quick", n))).await;
+    bus.until_stored(100).await;
+    let status = database.admin().await.status().await.expect("a status").remove(0);
+    assert!(status.low < Seq(2), "its place is not settled");
+    open.commit().await.expect("it commits");
+    database.outbox.wake();
+    bus.until_stored(101).await;
+    until("no hole is left", async || database.admin().await.status().await.expect("a status")[0].holes == 0).await;
+    running.stop().await;
+}
+
+/// `--once` ends when everything that was committed before it began is settled: an open transaction's places and those
+/// that were rolled back hold nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn once_waits_for_no_open_transaction() {
+    let (database, bus) = (Database::create().await, ScriptedBus::new(FAIL_STOP));
+    let (mut slow, mut failed) = (database.client().await, database.client().await);
+    let mut open = slow.transaction().await.expect("a transaction");
+    database.outbox.append(&mut open, [event("slow", 0)]).await.expect("it is appended");
+    database.append([event("a", 0)]).await;
+    let mut rolled_back = failed.transaction().await.expect("a transaction");
+    database.outbox.append(&mut rolled_back, [event("never", 0)]).await.expect("it is appended");
+    rolled_back.rollback().await.expect("it rolls back");
+    let mut once = relay(&database, &bus, config()).await;
+    within("the end", once.run_once(std::future::pending())).await.expect("it ends in order");
+    assert_eq!(ids(&bus.stored()), ["a-0"]);
+    open.commit().await.expect("it commits");
+    let mut once = relay(&database, &bus, config()).await;
+    within("the end", once.run_once(std::future::pending())).await.expect("it ends in order");
+    assert_eq!(ids(&bus.stored()), ["a-0", "slow-0"]);
+}
+
+/// Two relays that start together: one owns the log, and nothing is published twice. Catches the mutant that reads the
+/// lease without locking its row.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn of_two_relays_that_start_together_one_publishes() {
+    let (database, bus) = (Database::create().await, ScriptedBus::new(FAIL_STOP));
+    for round in 0..20 {
+        database.append((0..20).map(|n| event("a", round * 20 + n))).await;
+        let both = [relay(&database, &bus, config()).await, relay(&database, &bus, config()).await];
+        let both = both.map(Running::start);
+        bus.until_stored((round + 1) * 20).await;
+        for running in both {
+            running.stop().await;
+        }
+    }
+    assert_eq!(ids(&bus.stored()), (0..400).map(|n| format!("a-{n}")).collect::<Vec<_>>());
+}
+
+/// A restored dump draws places again that the cursor had settled: what stands there is published, and nothing is skipped.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn a_restored_dump_repeats_and_skips_nothing() {
+    let (database, bus) = (Database::create().await, ScriptedBus::new(FAIL_STOP));
+    database.append((0..10).map(|n| event("a", n))).await;
+    let once = async || {
+        let mut once = relay(&database, &bus, config()).await;
+        within("the end", once.run_once(std::future::pending())).await.expect("it ends in order");
+    };
+    once().await;
+    database.run("DELETE FROM {p}outbox WHERE seq > 4; SELECT setval('{p}outbox_seq', 4)").await;
+    database.append((0..10).map(|n| event("b", n))).await;
+    once().await;
+    let stored: BTreeSet<String> = ids(&bus.stored()).into_iter().collect();
+    assert!((0..10).all(|n| stored.contains(&format!("b-{n}"))), "{stored:?}");
+}
+
+/// A proxy cuts the connection after ever more bytes, inside every statement and answer of the relay. Catches the mutant
+/// that believes a commit whose answer was lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn a_connection_that_breaks_anywhere_loses_and_reorders_nothing() {
+    let database = Database::create().await;
+    database.run("CREATE TABLE {p}aggregate (id int)").await;
+    let bus = ScriptedBus::new(FAIL_STOP);
+    bus.refuse("k0-7");
+    let proxy = Proxy::start(&server()).await;
+    let through = database.at(&proxy.url);
+    let config = RelayConfig { lease: Duration::from_secs(2), ..config() };
+    let running = Running::start(relay(&through, &bus, config).await);
+    for n in 0..60 {
+        proxy.cut_after(200 + n * 137);
+        database.append((0..4).map(|key| event(&format!("k{key}"), n as usize))).await;
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+    proxy.cut_after(u64::MAX);
+    until("everything is settled", async || {
+        let status = database.admin().await.status().await.expect("a status").remove(0);
+        status.backlog == 0 && status.parked > 0
+    })
+    .await;
+    running.stop().await;
+    assert!(proxy.cuts() > 20, "only {} cuts", proxy.cuts());
+    let parked = database.admin().await.dead_letters(&outbox::Selected::default(), None, 1_000).await.expect("a list");
+    let parked: BTreeSet<String> = parked.into_iter().map(|row| row.columns.id).collect();
+    let stored = ids(&bus.stored());
+    for id in database.committed().await {
+        assert!(stored.contains(&id) || parked.contains(&id), "{id} is lost");
+    }
+    for key in 0..4 {
+        let mut seen = BTreeSet::new();
+        let of_key = bus.stored().into_iter().filter(|event| event.key() == Some(&*format!("k{key}")));
+        let firsts: Vec<String> =
+            of_key.map(|event| event.id().to_owned()).filter(|id| seen.insert(id.clone())).collect();
+        let expected: Vec<String> = (0..60).map(|n| format!("k{key}-{n}")).filter(|id| !parked.contains(id)).collect();
+        assert_eq!(firsts, expected);
+    }
+}
+
+/// A TCP proxy whose connections end after so many bytes, in the middle of a message or not.
+struct Proxy {
+    url: String,
+    left: Arc<AtomicU64>,
+    cuts: Arc<AtomicU64>,
+}
+
+impl Proxy {
+    async fn start(server: &str) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let (head, rest) = server.split_once('@').expect("a user in the URL");
+        let (target, path) = rest.split_once('/').expect("a database in the URL");
+        let url = format!("{head}@{}/{path}?sslmode=disable", listener.local_addr().expect("an address"));
+        let (target, left, cuts) = (target.to_owned(), Arc::new(AtomicU64::new(u64::MAX)), Arc::new(AtomicU64::new(0)));
+        let proxy = Self { url, left: Arc::clone(&left), cuts: Arc::clone(&cuts) };
+        tokio::spawn(async move {
+            while let Ok((near, _)) = listener.accept().await {
+                let Ok(far) = TcpStream::connect(&target).await else { continue };
+                let (left, cuts) = (Arc::clone(&left), Arc::clone(&cuts));
+                tokio::spawn(async move {
+                    let ((near_in, near_out), (far_in, far_out)) = (near.into_split(), far.into_split());
+                    tokio::select! {
+                        () = pass(near_in, far_out, &left) => {}
+                        () = pass(far_in, near_out, &left) => {}
+                    }
+                    cuts.fetch_add(1, Ordering::SeqCst);
+                });
+            }
+        });
+        proxy
+    }
+
+    fn cut_after(&self, bytes: u64) {
+        self.left.store(bytes, Ordering::SeqCst);
+    }
+
+    fn cuts(&self) -> u64 {
+        self.cuts.load(Ordering::SeqCst)
+    }
+}
+
+async fn pass(mut from: impl AsyncReadExt + Unpin, mut to: impl AsyncWriteExt + Unpin, left: &AtomicU64) {
+    let mut buffer = [0; 4_096];
+    loop {
+        let Ok(count @ 1..) = from.read(&mut buffer).await else { return };
+        let before = left.load(Ordering::SeqCst);
+        let may = usize::try_from(before).unwrap_or(usize::MAX).min(count);
+        if before != u64::MAX {
+            left.fetch_sub(may as u64, Ordering::SeqCst);
+        }
+        if to.write_all(&buffer[..may]).await.is_err() || may < count {
+            // The next connection lives.
+            left.store(u64::MAX, Ordering::SeqCst);
+            return;
+        }
+    }
+}
+
+/// An event is heard of in another process by its notification.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn an_event_that_was_appended_elsewhere_is_published_without_a_poll() {
+    let (database, bus) = (Database::create().await, ScriptedBus::new(FAIL_STOP));
+    let config = RelayConfig { poll_interval: Duration::from_secs(3_600), ..config() };
+    let relay = Relay::new(database.log("main").await, bus.arc(), config).expect("a relay");
+    let running = Running::start(relay);
+    for n in 0..20 {
+        let elsewhere = database.at(&database.url);
+        elsewhere.append([event("a", n)]).await;
+        bus.until_stored(n + 1).await;
+    }
+    running.stop().await;
+}
