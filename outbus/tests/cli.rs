@@ -427,7 +427,7 @@ fn a_relay_that_halts_names_its_sink() {
     let folder = Folder::migrated();
     sql(&folder, "INSERT INTO outbus_outbox (id, topic, key, type, data) VALUES ('bad', 'orders', 'k', '', '{}')");
     let bus = folder.bus_url();
-    folder.write("two.toml", &format!("[database]\nurl = \"sqlite:shop.db\"\n[bus]\nurl = \"{bus}\"\n[[relay]]\nsink = \"one\"\n[[relay]]\nsink = \"two\"\non_failure = \"halt\"\n"));
+    folder.write("two.toml", &format!("[database]\nurl = \"sqlite:shop.db\"\n[bus]\nurl = \"{bus}\"\n[[relay]]\nsink = \"one\"\ntopics = [\"payments\"]\n[[relay]]\nsink = \"two\"\non_failure = \"halt\"\n"));
     let halted = folder.run(&["relay", "--config", "two.toml"]).is(1).stderr;
     assert!(halted.contains("error: sink two: halted at event 1"), "{halted}");
 }
