@@ -6,6 +6,7 @@
 
 mod pairs;
 mod relay_memory;
+mod relay_postgres;
 
 use clap::Parser;
 
@@ -28,8 +29,16 @@ struct Bench {
 async fn main() -> anyhow::Result<()> {
     let bench = Bench::parse();
     let wanted = |id: &str| bench.ids.is_empty() || bench.ids.iter().any(|other| other == id);
+    let (quick, json) = (bench.quick, bench.output == "json");
     if wanted("R1") {
-        relay_memory::run(bench.quick).await?.print(bench.output == "json")?;
+        relay_memory::run(quick).await?.print(json)?;
+        relay_postgres::throughput(quick).await?.print(json)?;
+    }
+    if wanted("R7") {
+        relay_postgres::written(quick).await?.print(json)?;
+    }
+    if wanted("R10") {
+        relay_postgres::beside_an_open_transaction(quick).await?.print(json)?;
     }
     Ok(())
 }

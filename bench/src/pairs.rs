@@ -29,6 +29,22 @@ impl Pairs {
 
     /// The ratio of rates, which should be at least `target`.
     pub(crate) fn at_least(&self, id: &'static str, what: String, unit: &'static str, target: f64) -> Measured {
+        self.measure(id, what, unit, target, |ratio| ratio >= target)
+    }
+
+    /// The ratio of costs, which should be at most `target`.
+    pub(crate) fn at_most(&self, id: &'static str, what: String, unit: &'static str, target: f64) -> Measured {
+        self.measure(id, what, unit, target, |ratio| ratio <= target)
+    }
+
+    fn measure(
+        &self,
+        id: &'static str,
+        what: String,
+        unit: &'static str,
+        target: f64,
+        meets: impl Fn(f64) -> bool,
+    ) -> Measured {
         let ratios = sorted(self.0.iter().map(|(ours, twin)| ours / twin));
         let ratio = median(&ratios);
         Measured {
@@ -40,7 +56,7 @@ impl Pairs {
             ratio,
             spread: [ratios.first().copied().unwrap_or(ratio), ratios.last().copied().unwrap_or(ratio)],
             target,
-            met: ratio >= target,
+            met: meets(ratio),
         }
     }
 }
@@ -54,7 +70,7 @@ impl Measured {
         let Self { id, what, ours, twin, unit, ratio, spread: [low, high], target, met } = self;
         let verdict = if *met { "met" } else { "MISSED" };
         println!(
-            "{id}  {ratio:.2} ({low:.2} to {high:.2}), target {target:.2}: {verdict}\n    {what}\n    ours {ours:.0}, twin {twin:.0} {unit}"
+            "{id}  {ratio:.2} ({low:.2} to {high:.2}), target {target:.2}: {verdict}\n    {what}\n    ours {ours:.1}, twin {twin:.1} {unit}"
         );
         Ok(())
     }

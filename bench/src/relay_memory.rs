@@ -3,7 +3,7 @@
 
 use std::{sync::Arc, time::Instant};
 
-use bus_core::{Event, InMemoryBus, Seq};
+use bus_core::{Event, EventBuilder, InMemoryBus, Seq};
 use outbox::{LogAdmin, LogSource, Outbox, OutboxConfig, PageLimit, Relay, RelayConfig, SqliteLog};
 use sqlx::{SqlitePool, sqlite::SqliteConnectOptions};
 
@@ -11,9 +11,9 @@ use crate::pairs::{Measured, Pairs};
 
 const TARGET: f64 = 0.75;
 /// Bytes of an event's data, and keys they are spread over.
-const DATA_BYTES: usize = 100;
+pub(crate) const DATA_BYTES: usize = 100;
 const KEYS: usize = 10_000;
-const SINK: &str = "main";
+pub(crate) const SINK: &str = "main";
 /// Rows of one page of the twin.
 const PAGE: PageLimit = PageLimit { events: 5_000, bytes: 64 << 20 };
 
@@ -45,19 +45,27 @@ pub(crate) async fn run(quick: bool) -> anyhow::Result<Measured> {
 }
 
 async fn fill(outbox: &Outbox, pool: &SqlitePool, events: usize) -> anyhow::Result<()> {
-    let data = format!("{{\"filler\":\"{}\"}}", "x".repeat(DATA_BYTES - 13));
-    for first in (0..events).step_by(10_000) {
+    for batch in batches(events) {
         let mut transaction = pool.begin_with("BEGIN IMMEDIATE").await?;
-        let batch = (first..events.min(first + 10_000))
-            .map(|n| Event::builder("orders", "order.placed").key(format!("order-{}", n % KEYS)).data(data.clone()));
         outbox.append(&mut transaction, batch).await?;
         transaction.commit().await?;
     }
     Ok(())
 }
 
+/// So many events, ten thousand at a time.
+pub(crate) fn batches(events: usize) -> impl Iterator<Item = impl Iterator<Item = EventBuilder>> {
+    let data = format!("{{\"filler\":\"{}\"}}", "x".repeat(DATA_BYTES - 13));
+    (0..events).step_by(10_000).map(move |first| {
+        let data = data.clone();
+        let event =
+            move |n| Event::builder("orders", "order.placed").key(format!("order-{}", n % KEYS)).data(data.clone());
+        (first..events.min(first + 10_000)).map(event)
+    })
+}
+
 /// Events a second through the relay, from its start to its last checkpoint.
-async fn relay(outbox: &Outbox, events: usize) -> anyhow::Result<f64> {
+pub(crate) async fn relay(outbox: &Outbox, events: usize) -> anyhow::Result<f64> {
     let config = RelayConfig { allow_volatile: true, retention: None, ..RelayConfig::default() };
     let mut relay = Relay::new(outbox.log(SINK).await?, Arc::new(InMemoryBus::new()), config)?;
     let started = Instant::now();
@@ -67,7 +75,7 @@ async fn relay(outbox: &Outbox, events: usize) -> anyhow::Result<f64> {
 }
 
 /// Events a second of the same SELECT into the same `Event`, page by page.
-async fn select(log: &dyn LogSource, events: usize) -> anyhow::Result<f64> {
+pub(crate) async fn select(log: &dyn LogSource, events: usize) -> anyhow::Result<f64> {
     let (mut after, mut read, started) = (Seq::ZERO, 0, Instant::now());
     loop {
         let page = log.fetch(after, PAGE).await?;

@@ -280,22 +280,22 @@ impl Lanes {
         if !self.parked.is_empty() && self.join_parked(&row) {
             return;
         }
-        let key = row.event_key();
-        match self.config.order {
-            OrderOnFailure::Independent if key.as_ref().is_some_and(|key| self.lanes.contains_key(key)) => {
-                self.enter_window(row.size_bytes());
-                self.lanes.entry(key.expect("it has a lane")).or_default().waiting.push_back(row);
-            }
-            order => match self.publishable(row) {
-                Ok((seq, event)) => {
-                    if let (OrderOnFailure::Independent, Some(key)) = (order, key) {
-                        self.lanes.insert(key, Lane::default());
-                    }
-                    self.enter_window(event.size_bytes());
-                    self.ready.push_back((seq, event));
+        // A fail-stop bus keeps a key's events in order by itself.
+        let key = (self.config.order == OrderOnFailure::Independent).then(|| row.event_key()).flatten();
+        if let Some(lane) = key.as_ref().and_then(|key| self.lanes.get_mut(key)) {
+            let bytes = row.size_bytes();
+            lane.waiting.push_back(row);
+            return self.enter_window(bytes);
+        }
+        match self.publishable(row) {
+            Ok((seq, event)) => {
+                if let Some(key) = key {
+                    self.lanes.insert(key, Lane::default());
                 }
-                Err((row, error)) => self.verdict(seq, row.own_hold(), &error, now, random),
-            },
+                self.enter_window(event.size_bytes());
+                self.ready.push_back((seq, event));
+            }
+            Err((row, error)) => self.verdict(seq, row.own_hold(), &error, now, random),
         }
     }
 

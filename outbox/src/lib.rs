@@ -29,8 +29,8 @@ pub use error::{AppendError, AppendErrorReason, LogError, LogErrorKind};
 pub use lanes::{Counts, OnFailure};
 pub use log::{
     Acquire, Acquisition, Blocked, Change, DeadColumns, DeadRest, DeadRow, DeadState, EventKey, InvalidRow, Lease,
-    LogAdmin, LogSource, Owned, Page, PageLimit, Probe, Pruned, ReadRows, Request, RequestKind, RequestProgress, Row,
-    Selected, SetAside, Sink, SinkStatus, Start,
+    LogAdmin, LogSource, OldestTransaction, Owned, Page, PageLimit, Probe, Pruned, ReadRows, Request, RequestKind,
+    RequestProgress, Row, Selected, SetAside, Sink, SinkStatus, Start,
 };
 #[cfg(feature = "postgres")]
 pub use postgres::{

@@ -507,6 +507,17 @@ pub struct SinkStatus {
     pub dead: u64,
     /// Events that no sink of the log wants.
     pub unclaimed: u64,
+    /// The oldest transaction that may keep gaps open, where there are holes.
+    pub oldest_transaction: Option<OldestTransaction>,
+}
+
+/// A transaction that holds the log's lock, as whoever appends does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OldestTransaction {
+    /// Its server process.
+    pub pid: i32,
+    /// How long it has been open.
+    pub age: Duration,
 }
 
 impl SinkStatus {
@@ -528,6 +539,7 @@ impl SinkStatus {
             parked: 0,
             dead: 0,
             unclaimed: backlog,
+            oldest_transaction: None,
         }
     }
 }

@@ -217,6 +217,7 @@ async fn an_open_transaction_of_this_log_delays_only_itself() {
     bus.until_stored(100).await;
     let status = database.admin().await.status().await.expect("a status").remove(0);
     assert!(status.low < Seq(2), "its place is not settled");
+    assert!(status.oldest_transaction.is_some(), "somebody keeps its gap open");
     open.commit().await.expect("it commits");
     database.outbox.wake();
     bus.until_stored(101).await;
@@ -380,6 +381,24 @@ async fn pass(mut from: impl AsyncReadExt + Unpin, mut to: impl AsyncWriteExt + 
             return;
         }
     }
+}
+
+/// What the janitor removes leaves no dead rows behind, and what the checkpoint writes does not wait for the disk.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn the_janitor_leaves_no_dead_rows() {
+    let (database, bus) = (Database::create().await, ScriptedBus::new(FAIL_STOP));
+    database.append((0..6_000).map(|n| event("a", n))).await;
+    let config = RelayConfig { retention: Some(Duration::ZERO), ..config() };
+    let running = Running::start(relay(&database, &bus, config).await);
+    let dead = async || -> i64 {
+        let sql = "SELECT count(*) FROM pg_class c JOIN pg_stat_user_tables t ON t.relid = c.oid \
+             WHERE t.schemaname = $1 AND t.relname = 'outbox' AND (t.n_dead_tup > 0 OR t.vacuum_count = 0)";
+        database.client().await.query_one(sql, &[&database.schema]).await.expect("a count").get(0)
+    };
+    until("an empty table", async || database.committed().await.is_empty()).await;
+    until("no dead rows", async || dead().await == 0).await;
+    running.stop().await;
 }
 
 /// An event is heard of in another process by its notification.

@@ -48,8 +48,11 @@ fn main() -> Result<()> {
         Command::Services { args } => services::run(&args),
         Command::Ci => checks::run(),
         Command::Bench { args } => {
+            let servers = services::start()?;
+            let environment = servers.as_ref().map(services::Started::environment).unwrap_or_default();
             let run = ["run", "--release", "--quiet", "--package", "bench", "--"];
-            shell::cargo(&run.into_iter().chain(args.iter().map(String::as_str)).collect::<Vec<_>>())
+            let run: Vec<&str> = run.into_iter().chain(args.iter().map(String::as_str)).collect();
+            shell::run("cargo", &run, &environment)
         }
     }
 }

@@ -25,7 +25,7 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
 #[derive(Debug)]
 pub(crate) struct Started {
     /// The variables by which tests find them.
-    pub(crate) environment: Vec<(String, String)>,
+    environment: Vec<(String, String)>,
 }
 
 /// Starts what the environment does not name.
@@ -55,6 +55,13 @@ pub(crate) fn start() -> Result<Option<Started>> {
         Some((name.to_owned(), value.trim_matches('\'').to_owned()))
     };
     Ok(Some(Started { environment: exports.lines().filter_map(export).collect() }))
+}
+
+impl Started {
+    /// The variables, as a command takes them.
+    pub(crate) fn environment(&self) -> Vec<(&str, &str)> {
+        self.environment.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect()
+    }
 }
 
 impl Drop for Started {

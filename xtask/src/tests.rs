@@ -21,8 +21,7 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
         cargo.extend(["--skip", NEEDS_ROOT]);
     }
     let servers = services::start()?;
-    let environment = servers.iter().flat_map(|servers| &servers.environment);
-    let environment: Vec<(&str, &str)> = environment.map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    let environment = servers.as_ref().map(services::Started::environment).unwrap_or_default();
     shell::run("cargo", &cargo, &environment)?;
     drop(servers);
     if !is_root {

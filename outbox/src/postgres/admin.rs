@@ -14,8 +14,8 @@ use super::{
     values::{COLUMNS, Micros, like, parse_multirange},
 };
 use crate::{
-    Blocked, DeadColumns, DeadRest, DeadRow, DeadState, LogAdmin, LogError, LogErrorKind, Request, RequestKind,
-    RequestProgress, Selected, Sink, SinkStatus,
+    Blocked, DeadColumns, DeadRest, DeadRow, DeadState, LogAdmin, LogError, LogErrorKind, OldestTransaction, Request,
+    RequestKind, RequestProgress, Selected, Sink, SinkStatus,
     rows::{Decoder, LOG, json, parse, signed},
 };
 
@@ -61,6 +61,12 @@ const BACKLOG: &str = "SELECT count(*) FROM (SELECT 1 FROM {p}outbox WHERE seq >
      AND (topic LIKE ANY ($2::text[])) = $3 LIMIT $4) counted";
 const OLDEST: &str = "SELECT time FROM {p}outbox WHERE seq > $1 AND topic LIKE ANY ($2::text[]) ORDER BY seq LIMIT 1";
 const TIME_AT: &str = "SELECT time FROM {p}outbox WHERE seq BETWEEN $1 AND $2 ORDER BY seq LIMIT 1";
+const OLDEST_TRANSACTION: &str = "SELECT activity.pid, \
+     extract(epoch FROM clock_timestamp() - activity.xact_start)::float8 \
+     FROM pg_locks JOIN pg_stat_activity activity ON activity.pid = pg_locks.pid \
+     WHERE locktype = 'relation' AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
+     AND relation = '{p}outbox'::regclass AND mode = 'RowExclusiveLock' AND granted AND activity.xact_start IS NOT NULL \
+     ORDER BY activity.xact_start LIMIT 1";
 const NOW: &str = "SELECT clock_timestamp()";
 
 type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
@@ -315,7 +321,18 @@ impl PostgresLog {
             parked: column::<i64>(&aside, 0)?.unsigned_abs(),
             dead: column::<i64>(&aside, 1)?.unsigned_abs(),
             unclaimed: unclaimed.unsigned_abs(),
+            oldest_transaction: if holes > 0 { self.oldest_transaction(client).await? } else { None },
         })
+    }
+
+    /// Of a role that may not see it, a transaction is passed over.
+    async fn oldest_transaction(&self, client: &Client) -> Result<Option<OldestTransaction>, LogError> {
+        let row = client.query_typed_opt(&self.tables.qualify(OLDEST_TRANSACTION), &[]).await.map_err(log_error)?;
+        row.map(|row| {
+            let age = Duration::from_secs_f64(column::<f64>(&row, 1)?.max(0.0));
+            Ok(OldestTransaction { pid: column(&row, 0)?, age })
+        })
+        .transpose()
     }
 
     /// Rows above `after` whose topics are among these, or are not; stops one above [`COUNT_MAX`].

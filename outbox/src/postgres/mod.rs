@@ -57,6 +57,8 @@ pub struct PostgresLog {
     watcher: Slot,
     /// The highest place that was drawn when somebody looked last.
     seen_last: AtomicU64,
+    /// Rows that were removed since the table was vacuumed.
+    removed: AtomicU64,
     /// Microseconds until a commit has reached the disk that did not wait for it.
     write_delay: AtomicU64,
     /// Rows per byte of the last page, so that the next one asks for no more than it may bring.
@@ -76,6 +78,7 @@ impl PostgresLog {
             listener: Listener::default(),
             watcher: slot(),
             seen_last: AtomicU64::new(u64::MAX),
+            removed: AtomicU64::new(0),
             write_delay: AtomicU64::new(0),
             row_bytes: AtomicUsize::new(0),
         }

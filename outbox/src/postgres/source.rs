@@ -31,6 +31,10 @@ use crate::{
 /// Shortest and longest pause between two looks at whether somebody drew a place without a notification.
 const WATCH_MIN: Duration = Duration::from_millis(10);
 const WATCH_MAX: Duration = Duration::from_millis(250);
+/// Rows removed after which their space is given free at once.
+const VACUUM_ROWS: u64 = 1_000;
+/// Waits for nobody, and gives no space back to the file system: that would lock writers out.
+const VACUUM: &str = "VACUUM (SKIP_LOCKED, TRUNCATE false) {p}outbox";
 /// Fewest rows to ask for, however large the last ones were.
 const ROWS_MIN: usize = 16;
 
@@ -128,6 +132,14 @@ impl LogSource for PostgresLog {
     async fn prune(&self, janitor: &str, retention: Duration, rows_max: usize) -> Result<Pruned, LogError> {
         let mut held = self.janitor.lock().await?;
         let pruned = timely(self.owner(held.get()).prune(janitor, retention, rows_max)).await;
+        let removed = pruned.as_ref().map_or(0, |pruned| pruned.rows);
+        let removed = self.removed.fetch_add(removed, Ordering::Relaxed) + removed;
+        if removed >= VACUUM_ROWS && pruned.as_ref().is_ok_and(|pruned| !pruned.more) {
+            self.removed.store(0, Ordering::Relaxed);
+            // A role that does not own the table is told so by a warning, and autovacuum does it.
+            let vacuum = held.get().batch_execute(&self.tables.qualify(VACUUM)).await.map_err(log_error);
+            return held.check(vacuum.and(pruned));
+        }
         held.check(pruned)
     }
 

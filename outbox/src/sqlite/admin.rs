@@ -284,6 +284,8 @@ impl SqliteLog {
             parked: aside.get::<i64, _>(0).unsigned_abs(),
             dead: aside.get::<i64, _>(1).unsigned_abs(),
             unclaimed: unclaimed.unsigned_abs(),
+            // Its one writer leaves no gaps.
+            oldest_transaction: None,
         })
     }
 

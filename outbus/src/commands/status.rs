@@ -35,13 +35,13 @@ struct LogStatus {
     parked: u64,
     dead: u64,
     unclaimed: u64,
-    /// The transaction that keeps gaps open: SQLite has none.
+    /// The oldest transaction that may keep gaps open.
     oldest_transaction: Option<OldestTransaction>,
 }
 
 #[derive(Serialize)]
 struct OldestTransaction {
-    pid: i64,
+    pid: i32,
     age_seconds: f64,
 }
 
@@ -64,7 +64,9 @@ impl From<SinkStatus> for LogStatus {
             parked: status.parked,
             dead: status.dead,
             unclaimed: status.unclaimed,
-            oldest_transaction: None,
+            oldest_transaction: status
+                .oldest_transaction
+                .map(|oldest| OldestTransaction { pid: oldest.pid, age_seconds: seconds(oldest.age) }),
         }
     }
 }
@@ -99,5 +101,12 @@ fn text(status: &Status) -> String {
             log.unclaimed.to_string(),
         ]);
     }
-    table.render()
+    let mut text = table.render();
+    for log in &status.logs {
+        if let Some(OldestTransaction { pid, age_seconds }) = &log.oldest_transaction {
+            let age = span(Duration::from_secs_f64(*age_seconds));
+            text += &format!("\nserver process {pid} has written to log {} in a transaction open for {age}", log.log);
+        }
+    }
+    text
 }
