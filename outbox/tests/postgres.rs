@@ -383,21 +383,21 @@ async fn pass(mut from: impl AsyncReadExt + Unpin, mut to: impl AsyncWriteExt + 
     }
 }
 
-/// What the janitor removes leaves no dead rows behind, and what the checkpoint writes does not wait for the disk.
+/// The janitor gives the space free of what it removed, without waiting for autovacuum. How many dead rows are left is a
+/// matter of the oldest transaction on the whole server, so it is measured on one of its own (R11).
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs PostgreSQL: cargo xtask test"]
-async fn the_janitor_leaves_no_dead_rows() {
+async fn the_janitor_vacuums_what_it_removed() {
     let (database, bus) = (Database::create().await, ScriptedBus::new(FAIL_STOP));
     database.append((0..6_000).map(|n| event("a", n))).await;
     let config = RelayConfig { retention: Some(Duration::ZERO), ..config() };
     let running = Running::start(relay(&database, &bus, config).await);
-    let dead = async || -> i64 {
-        let sql = "SELECT count(*) FROM pg_class c JOIN pg_stat_user_tables t ON t.relid = c.oid \
-             WHERE t.schemaname = $1 AND t.relname = 'outbox' AND (t.n_dead_tup > 0 OR t.vacuum_count = 0)";
+    let vacuumed = async || -> i64 {
+        let sql = "SELECT vacuum_count FROM pg_stat_user_tables WHERE schemaname = $1 AND relname = 'outbox'";
         database.client().await.query_one(sql, &[&database.schema]).await.expect("a count").get(0)
     };
     until("an empty table", async || database.committed().await.is_empty()).await;
-    until("no dead rows", async || dead().await == 0).await;
+    until("a vacuum", async || vacuumed().await > 0).await;
     running.stop().await;
 }
 
@@ -415,4 +415,94 @@ async fn an_event_that_was_appended_elsewhere_is_published_without_a_poll() {
         bus.until_stored(n + 1).await;
     }
     running.stop().await;
+}
+
+/// The server is killed, paused and started again while a service appends and a relay publishes: what was committed is
+/// published, in order, without a restart of the relay. Catches the mutant that lets a cursor pass what the server's own
+/// crash took back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn a_server_that_is_killed_and_paused_loses_and_reorders_nothing() {
+    let server = Server::start();
+    let (database, bus) = (Database::create_at(&server.url).await, ScriptedBus::new(FAIL_STOP));
+    let config = RelayConfig { lease: Duration::from_secs(1), ..config() };
+    let running = Running::start(relay(&database, &bus, config).await);
+    let mut version = 0;
+    for fault in ["kill", "pause", "kill"] {
+        append_versions(&database, &mut version, 40).await;
+        server.run(&[fault, "postgres"]);
+        // Nobody answers now: an append in vain must not make anything up.
+        append_versions(&database, &mut version, 2).await;
+        server.run(&[if fault == "pause" { "resume" } else { "start" }, "postgres"]);
+        append_versions(&database, &mut version, 40).await;
+    }
+    check_ledger(&database, &bus).await;
+    until("no hole is left", async || database.admin().await.status().await.expect("a status")[0].holes == 0).await;
+    running.stop().await;
+    assert!(bus.stored().len() >= 200, "only {} events", bus.stored().len());
+}
+
+/// Appends one event per transaction; what the server does not answer in time is left, committed or not.
+async fn append_versions(database: &Database, version: &mut usize, count: usize) {
+    let mut client = None;
+    for _ in 0..count {
+        *version += 1;
+        let appending = async {
+            if client.is_none() {
+                let (opened, connection) = tokio_postgres::connect(&database.url, tokio_postgres::NoTls).await.ok()?;
+                tokio::spawn(connection);
+                client = Some(opened);
+            }
+            let mut transaction = client.as_mut()?.transaction().await.ok()?;
+            database.outbox.append(&mut transaction, [event("k", *version)]).await.ok()?;
+            transaction.commit().await.ok()
+        };
+        if !matches!(tokio::time::timeout(Duration::from_secs(1), appending).await, Ok(Some(()))) {
+            client = None;
+        }
+        database.outbox.wake();
+    }
+}
+
+/// A PostgreSQL server of its own, which a test may break.
+struct Server {
+    dir: tempfile::TempDir,
+    offset: String,
+    url: String,
+}
+
+impl Server {
+    fn start() -> Self {
+        /// The script's port for PostgreSQL without an offset.
+        const PORT: u16 = 25_432;
+        let port =
+            std::net::TcpListener::bind("127.0.0.1:0").and_then(|free| free.local_addr()).expect("a port").port();
+        let server = Self {
+            dir: tempfile::tempdir().expect("a folder"),
+            offset: (port - PORT).to_string(),
+            url: format!("postgres://outbus:outbus@127.0.0.1:{port}/outbus?sslmode=disable"),
+        };
+        server.run(&["up", "postgres"]);
+        server
+    }
+
+    fn run(&self, args: &[&str]) {
+        assert!(self.try_run(args), "services {args:?}");
+    }
+
+    fn try_run(&self, args: &[&str]) -> bool {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../services/services");
+        let mut command = std::process::Command::new(script);
+        command.args(args).env("SERVICES_DIR", self.dir.path()).env("SERVICES_PORT_OFFSET", &self.offset);
+        command.status().expect("the script runs").success()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if !self.try_run(&["down"]) {
+            // Dropping must not panic: the test may be failing already.
+            let _told = writeln!(std::io::stderr(), "a server of a test could not be stopped: {}", self.url);
+        }
+    }
 }
