@@ -7,6 +7,55 @@ use bus_core::{Mark, Seq, SeqSet};
 /// Beyond that neighbours are joined, which means duplicates after a crash and never loss. Source: design.md 4.1.
 pub const HOLE_RANGES_MAX: usize = 1_000;
 
+/// Rows looked through for those that no sink wanted before; behind them, all are taken for such.
+pub(crate) const UNCLAIMED_MAX: usize = 100_000;
+
+/// A cursor as its row has it, before an owner goes on with it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct StoredCursor {
+    pub(crate) low: Seq,
+    pub(crate) high: Seq,
+    pub(crate) high_id: Option<String>,
+    pub(crate) holes: SeqSet,
+}
+
+impl StoredCursor {
+    /// Everything up to `first` is settled.
+    pub(crate) fn behind(first: Seq) -> Self {
+        Self { low: first, high: first, ..Self::default() }
+    }
+
+    /// These places are not settled after all.
+    pub(crate) fn open(&mut self, places: &SeqSet) {
+        if let Some(first) = places.first().filter(|first| *first <= self.low) {
+            self.low = first.previous();
+        }
+        self.holes.insert_all(places);
+    }
+
+    /// Whether the places mean other events now: `drawn` is the log's highest place, `id` that of the event at
+    /// [`high`](StoredCursor::high). As the cursor was not restored together with its log, nobody knows since when they
+    /// differ: it begins anew with what is there.
+    pub(crate) fn is_of_another_log(&mut self, drawn: Seq, id: Option<&str>) -> bool {
+        let is_other = id.zip(self.high_id.as_deref()).is_some_and(|(found, seen)| found != seen);
+        let differs = drawn < self.high || is_other;
+        if differs {
+            *self = Self::default();
+        }
+        differs
+    }
+}
+
+/// The places of these rows, of which one more than [`UNCLAIMED_MAX`] were asked for: where there are more, everything up
+/// to `high`.
+pub(crate) fn unclaimed_places(rows: &[i64], high: Seq) -> SeqSet {
+    let mut places: SeqSet = rows.iter().map(|seq| Seq(seq.unsigned_abs())).collect();
+    if let Some(last) = places.last().filter(|_| rows.len() > UNCLAIMED_MAX) {
+        places.insert_range(last, high);
+    }
+    places
+}
+
 /// Which places of a log are settled, by three facts: everything up to `low` is; nothing above `high` was seen; and
 /// between them everything is, except the *holes*.
 ///
@@ -171,6 +220,31 @@ mod tests {
         open.close(&set(&[1, 2]));
         open.settle(Seq(3));
         assert_eq!(open.low(), Seq(3));
+    }
+
+    /// Catches the mutants that go on at a cursor whose log was drawn anew below it, and that forget a hole.
+    #[test]
+    fn a_stored_cursor_begins_anew_with_another_log_only() {
+        let stored = || StoredCursor { high_id: Some("a".to_owned()), ..StoredCursor::behind(Seq(10)) };
+        for (drawn, id) in [(Seq(10), Some("a")), (Seq(12), None)] {
+            let mut same = stored();
+            assert!(!same.is_of_another_log(drawn, id) && same == stored());
+        }
+        for (drawn, id) in [(Seq(9), None), (Seq(12), Some("b"))] {
+            let mut other = stored();
+            assert!(other.is_of_another_log(drawn, id) && other == StoredCursor::default());
+        }
+        let mut opened = stored();
+        opened.open(&set(&[4, 7]));
+        assert_eq!((opened.low, opened.high, opened.holes), (Seq(3), Seq(10), set(&[4, 7])));
+    }
+
+    #[test]
+    fn beyond_the_limit_all_rows_are_taken_for_unclaimed() {
+        assert_eq!(unclaimed_places(&[2, 5], Seq(9)), set(&[2, 5]));
+        let many: Vec<i64> = (1..=UNCLAIMED_MAX as i64 + 1).map(|n| n * 2).collect();
+        let places = unclaimed_places(&many, Seq(300_000));
+        assert!(places.contains(Seq(2)) && !places.contains(Seq(3)) && places.contains(Seq(299_999)));
     }
 
     #[test]

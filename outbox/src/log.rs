@@ -278,6 +278,15 @@ pub enum DeadState {
 }
 
 impl DeadState {
+    /// The state as tables have it; they take no other.
+    pub(crate) fn from_column(text: &str) -> Self {
+        match text {
+            "dead" => Self::Dead,
+            "retrying" => Self::Retrying,
+            _ => Self::Parked,
+        }
+    }
+
     /// The state as tables and JSON have it.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -389,6 +398,11 @@ pub enum RequestKind {
 }
 
 impl RequestKind {
+    /// The kind as tables have it; they take no other.
+    pub(crate) fn from_column(text: &str) -> Self {
+        if text == "discard" { Self::Discard } else { Self::Retry }
+    }
+
     /// The kind as tables have it.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -1,5 +1,7 @@
 //! From a row to an event, the same on every database; and what else their columns share.
 
+use std::time::Duration;
+
 use bus_core::{Event, EventError, EventParts, Extensions, Seq, Text, Timestamp, Topic};
 use bytes::Bytes;
 
@@ -143,4 +145,26 @@ pub(crate) fn parse<T: serde::de::DeserializeOwned>(text: &str, column: &'static
 
 pub(crate) fn damaged(column: &'static str, error: impl std::error::Error + Send + Sync + 'static) -> LogError {
     LogError::with_source(LogErrorKind::Schema, format!("column `{column}` holds something it should not"), error)
+}
+
+/// Beyond this many events a backlog is not counted to the end.
+pub(crate) const COUNT_MAX: i64 = 100_000;
+
+/// How long ago a time was, both in microseconds.
+pub(crate) fn age(time: Option<i64>, now: i64) -> Option<Duration> {
+    time.map(|time| elapsed(now, time))
+}
+
+pub(crate) fn elapsed(later: i64, earlier: i64) -> Duration {
+    Duration::from_micros(later.saturating_sub(earlier).max(0).unsigned_abs())
+}
+
+/// Refuses to remove a sink that a relay owns now (`Some(true)`), or that is not there (`None`).
+pub(crate) fn check_removable(sink: &str, leased: Option<bool>) -> Result<(), LogError> {
+    let message = match leased {
+        Some(false) => return Ok(()),
+        Some(true) => format!("a relay owns sink `{sink}` now: stop it first"),
+        None => format!("there is no sink `{sink}`: `outbus sinks list` names those there are"),
+    };
+    Err(LogError::new(LogErrorKind::Invalid, message))
 }

@@ -4,23 +4,17 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bus_core::{Seq, SeqSet, Timestamp};
-use tokio_postgres::{
-    Client, IsolationLevel, Row, Transaction,
-    types::{ToSql, Type},
-};
+use tokio_postgres::{Client, IsolationLevel, Row, Transaction, types::Type};
 
 use super::{
-    PostgresLog, column, log_error, timely,
+    LOCKED, Parameter, PostgresLog, column, log_error, timely,
     values::{COLUMNS, Micros, like, parse_multirange},
 };
 use crate::{
-    Blocked, DeadColumns, DeadRest, DeadRow, DeadState, LogAdmin, LogError, LogErrorKind, OldestTransaction, Request,
-    RequestKind, RequestProgress, Selected, Sink, SinkStatus,
-    rows::{Decoder, LOG, json, parse, signed},
+    Blocked, DeadColumns, DeadRest, DeadRow, DeadState, LogAdmin, LogError, OldestTransaction, Request, RequestKind,
+    RequestProgress, Selected, Sink, SinkStatus,
+    rows::{COUNT_MAX, Decoder, LOG, age, check_removable, json, parse, signed},
 };
-
-/// Beyond this many events a backlog is not counted to the end.
-const COUNT_MAX: i64 = 100_000;
 
 const DEAD_ROWS: &str = "SELECT {columns}, state, parked, reason, error, attempts, at, sink FROM {p}dead_letter \
      WHERE log = $1 AND ($2::text IS NULL OR (sink, seq) > ($2, $3)) AND ($4::text[] IS NULL OR id = ANY ($4)) \
@@ -64,12 +58,9 @@ const TIME_AT: &str = "SELECT time FROM {p}outbox WHERE seq BETWEEN $1 AND $2 OR
 const OLDEST_TRANSACTION: &str = "SELECT activity.pid, \
      extract(epoch FROM clock_timestamp() - activity.xact_start)::float8 \
      FROM pg_locks JOIN pg_stat_activity activity ON activity.pid = pg_locks.pid \
-     WHERE locktype = 'relation' AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
-     AND relation = '{p}outbox'::regclass AND mode = 'RowExclusiveLock' AND granted AND activity.xact_start IS NOT NULL \
+     WHERE {locked} AND activity.xact_start IS NOT NULL \
      ORDER BY activity.xact_start LIMIT 1";
 const NOW: &str = "SELECT clock_timestamp()";
-
-type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 
 /// A sink's row, as it stands.
 struct SinkRow {
@@ -169,10 +160,7 @@ impl PostgresLog {
         let parameters: [Parameter<'_>; 2] = [(&LOG, Type::TEXT), (&self.sink, Type::TEXT)];
         let rows = client.query_typed(&self.tables.qualify(OPEN_REQUESTS), &parameters).await.map_err(log_error)?;
         let request = |row: &Row| {
-            let kind = match column(row, 1)? {
-                "discard" => RequestKind::Discard,
-                _ => RequestKind::Retry,
-            };
+            let kind = RequestKind::from_column(column(row, 1)?);
             let rate = column::<Option<i64>>(row, 3)?.map(|rate| u32::try_from(rate).unwrap_or(u32::MAX));
             Ok(Request { id: column(row, 0)?, kind, selected: parse(column(row, 2)?, "arguments")?, rate })
         };
@@ -219,18 +207,12 @@ impl PostgresLog {
 
     async fn delete_sink(&self, client: &mut Client, sink: &str) -> Result<(), LogError> {
         let transaction = begin(client).await?;
-        let message = match self.is_leased(&transaction, sink).await? {
-            None => format!("there is no sink `{sink}`: `outbus sinks list` names those there are"),
-            Some(true) => format!("a relay owns sink `{sink}` now: stop it first"),
-            Some(false) => {
-                for statement in REMOVE_SINK {
-                    let of_sink: [Parameter<'_>; 2] = [(&LOG, Type::TEXT), (&sink, Type::TEXT)];
-                    transaction.execute_typed(&self.tables.qualify(statement), &of_sink).await.map_err(log_error)?;
-                }
-                return transaction.commit().await.map_err(log_error);
-            }
-        };
-        Err(LogError::new(LogErrorKind::Invalid, message))
+        check_removable(sink, self.is_leased(&transaction, sink).await?)?;
+        for statement in REMOVE_SINK {
+            let of_sink: [Parameter<'_>; 2] = [(&LOG, Type::TEXT), (&sink, Type::TEXT)];
+            transaction.execute_typed(&self.tables.qualify(statement), &of_sink).await.map_err(log_error)?;
+        }
+        transaction.commit().await.map_err(log_error)
     }
 
     /// Whether a relay owns the sink; `None` if there is none of this name.
@@ -327,7 +309,8 @@ impl PostgresLog {
 
     /// Of a role that may not see it, a transaction is passed over.
     async fn oldest_transaction(&self, client: &Client) -> Result<Option<OldestTransaction>, LogError> {
-        let row = client.query_typed_opt(&self.tables.qualify(OLDEST_TRANSACTION), &[]).await.map_err(log_error)?;
+        let sql = self.tables.qualify(&OLDEST_TRANSACTION.replace("{locked}", LOCKED));
+        let row = client.query_typed_opt(&sql, &[]).await.map_err(log_error)?;
         row.map(|row| {
             let age = Duration::from_secs_f64(column::<f64>(&row, 1)?.max(0.0));
             Ok(OldestTransaction { pid: column(&row, 0)?, age })
@@ -383,11 +366,6 @@ fn sink_row(row: &Row) -> Result<SinkRow, LogError> {
 
 fn dead_row(decoder: &mut Decoder, row: &Row) -> Result<DeadRow, LogError> {
     let decoded = decoder.row(row)?;
-    let state = match column(row, 11)? {
-        "dead" => DeadState::Dead,
-        "retrying" => DeadState::Retrying,
-        _ => DeadState::Parked,
-    };
     let rest = match decoded.event {
         Ok(_) => None,
         Err(_) => Some(DeadRest {
@@ -409,7 +387,7 @@ fn dead_row(decoder: &mut Decoder, row: &Row) -> Result<DeadRow, LogError> {
             event_type: column(row, 4)?,
             rest,
         },
-        state,
+        state: DeadState::from_column(column(row, 11)?),
         parked: column(row, 12)?,
         reason: column(row, 13)?,
         error: column(row, 14)?,
@@ -417,8 +395,4 @@ fn dead_row(decoder: &mut Decoder, row: &Row) -> Result<DeadRow, LogError> {
         at: Timestamp::from_unix_micros(column::<Micros>(row, 16)?.0),
         sink: column(row, 17)?,
     })
-}
-
-fn age(time: Option<i64>, now: i64) -> Option<Duration> {
-    time.map(|time| Duration::from_micros(now.saturating_sub(time).max(0).unsigned_abs()))
 }

@@ -27,7 +27,10 @@ use std::{
 };
 
 use tokio::sync::{Mutex, MutexGuard};
-use tokio_postgres::{Client, Row};
+use tokio_postgres::{
+    Client, Row,
+    types::{ToSql, Type},
+};
 
 use crate::{LogError, Tables, check_sink};
 use gaps::Gaps;
@@ -39,6 +42,14 @@ pub use error::log_error;
 pub(crate) use notify::Notifier;
 
 pub use migrate::{migrate, print_migrations};
+
+/// A parameter of a statement, with its type.
+type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
+
+/// Who holds the lock that drawing a place takes, as `pg_locks` has it.
+const LOCKED: &str = "locktype = 'relation' \
+     AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
+     AND relation = '{p}outbox'::regclass AND mode = 'RowExclusiveLock' AND granted";
 
 /// How long a statement may take before its connection counts as broken.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);

@@ -3,20 +3,17 @@
 use std::time::Duration;
 
 use bus_core::{LogId, Position, Seq, SeqSet, Text};
-use tokio_postgres::{
-    Client, IsolationLevel, Row, Transaction,
-    types::{ToSql, Type},
-};
+use tokio_postgres::{Client, IsolationLevel, Row, Transaction, types::Type};
 use uuid::Uuid;
 
 use super::{
-    Tables, column, log_error,
+    Parameter, Tables, column, log_error,
     values::{Micros, like, multirange, parse_multirange},
 };
 use crate::{
     Acquire, Acquisition, Change, DeadState, EventKey, Lease, LogError, LogErrorKind, Owned, Pruned, Start,
     TopicPattern,
-    cursor::HOLE_RANGES_MAX,
+    cursor::{HOLE_RANGES_MAX, StoredCursor, UNCLAIMED_MAX, unclaimed_places},
     marks::{JANITOR_TTL, Marks},
     rows::{LOG, damaged, fenced, json, parse, signed},
 };
@@ -82,12 +79,6 @@ const SINKS: &str = "SELECT low, topics::text FROM {p}cursor WHERE log = $1";
 const PRUNE: &str = "DELETE FROM {p}outbox WHERE seq IN (SELECT seq FROM {p}outbox WHERE seq <= $1 \
      AND topic LIKE ANY ($2::text[]) ORDER BY seq LIMIT $3)";
 
-/// Rows looked through for those that a sink wants now; behind them, all are taken for such.
-const UNCLAIMED_MAX: i64 = 100_000;
-
-/// A parameter with its type.
-type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
-
 /// The writer's connection, on behalf of one sink.
 pub(super) struct Owner<'a> {
     pub(super) tables: &'a Tables,
@@ -97,10 +88,7 @@ pub(super) struct Owner<'a> {
 
 /// A cursor's row.
 struct Cursor {
-    low: Seq,
-    high: Seq,
-    high_id: Option<String>,
-    holes: SeqSet,
+    stored: StoredCursor,
     position: Option<Position>,
     epoch: u64,
     incarnation: String,
@@ -140,7 +128,7 @@ impl Owner<'_> {
         }
         if cursor.topics != topics {
             // What was nothing to this sink, and to any other, is a hole now.
-            cursor.open(unclaimed(client, tables, &topics, cursor.high).await?);
+            cursor.stored.open(&unclaimed(client, tables, &topics, cursor.stored.high).await?);
         }
         let epoch = (cursor.epoch + 1).max(request.epoch_min);
         let parameters: [Parameter<'_>; 13] = [
@@ -150,10 +138,10 @@ impl Owner<'_> {
             (&request.owner, Type::TEXT),
             (&request.ttl.as_secs_f64(), Type::FLOAT8),
             (&cursor.incarnation, Type::TEXT),
-            (&signed(cursor.low.0), Type::INT8),
-            (&signed(cursor.high.0), Type::INT8),
-            (&cursor.high_id, Type::TEXT),
-            (&multirange(&cursor.holes.joined(HOLE_RANGES_MAX)), Type::TEXT),
+            (&signed(cursor.stored.low.0), Type::INT8),
+            (&signed(cursor.stored.high.0), Type::INT8),
+            (&cursor.stored.high_id, Type::TEXT),
+            (&multirange(&cursor.stored.holes.joined(HOLE_RANGES_MAX)), Type::TEXT),
             (&json(&topics), Type::TEXT),
             (&request.bus, Type::TEXT),
             (&cursor.history, Type::TEXT),
@@ -165,9 +153,9 @@ impl Owner<'_> {
             lease: Lease { epoch, ttl: request.ttl },
             log_id,
             incarnation: cursor.incarnation.into(),
-            low: cursor.low,
-            high: cursor.high,
-            holes: cursor.holes,
+            low: cursor.stored.low,
+            high: cursor.stored.high,
+            holes: cursor.stored.holes,
             position: cursor.position,
             parked,
             previous_bus: cursor.bus.filter(|bus| *bus != request.bus),
@@ -279,10 +267,12 @@ async fn cursor_row(client: &Client, tables: &Tables, sink: &str) -> Result<Opti
     let row = client.query_typed_opt(&tables.qualify(CURSOR_ROW), &parameters).await.map_err(log_error)?;
     let Some(row) = row else { return Ok(None) };
     Ok(Some(Cursor {
-        low: Seq(column::<i64>(&row, 0)?.unsigned_abs()),
-        high: Seq(column::<i64>(&row, 1)?.unsigned_abs()),
-        high_id: column(&row, 2)?,
-        holes: parse_multirange(column(&row, 3)?)?,
+        stored: StoredCursor {
+            low: Seq(column::<i64>(&row, 0)?.unsigned_abs()),
+            high: Seq(column::<i64>(&row, 1)?.unsigned_abs()),
+            high_id: column(&row, 2)?,
+            holes: parse_multirange(column(&row, 3)?)?,
+        },
         position: column::<Option<&str>>(&row, 4)?.map(|text| parse(text, "sink_pos")).transpose()?,
         epoch: column::<i64>(&row, 5)?.unsigned_abs(),
         incarnation: column(&row, 6)?,
@@ -290,16 +280,6 @@ async fn cursor_row(client: &Client, tables: &Tables, sink: &str) -> Result<Opti
         topics: parse(column(&row, 8)?, "topics")?,
         history: column(&row, 9)?,
     }))
-}
-
-impl Cursor {
-    /// These places are not settled after all.
-    fn open(&mut self, places: SeqSet) {
-        if let Some(first) = places.first().filter(|first| *first <= self.low) {
-            self.low = first.previous();
-        }
-        self.holes.insert_all(&places);
-    }
 }
 
 /// Registers a sink: at what no other sink has settled or wanted yet, or at the end.
@@ -334,10 +314,7 @@ async fn register(
     ];
     client.execute_typed(&tables.qualify(REGISTER), &parameters).await.map_err(log_error)?;
     Ok(Cursor {
-        low: first,
-        high: first,
-        high_id: None,
-        holes: SeqSet::new(),
+        stored: StoredCursor::behind(first),
         position: None,
         epoch,
         incarnation,
@@ -347,8 +324,8 @@ async fn register(
     })
 }
 
-/// The highest place that was drawn.
-async fn drawn(client: &Client, tables: &Tables) -> Result<Seq, LogError> {
+/// The highest place that was drawn, committed or not.
+pub(super) async fn drawn(client: &Client, tables: &Tables) -> Result<Seq, LogError> {
     let row = client.query_typed_one(&tables.qualify(SEQUENCE), &[]).await.map_err(log_error)?;
     Ok(Seq(column::<i64>(&row, 0)?.unsigned_abs()))
 }
@@ -362,17 +339,11 @@ async fn unclaimed(client: &Client, tables: &Tables, topics: &[String], high: Se
         (&signed(high.0), Type::INT8),
         (&wanted, Type::TEXT_ARRAY),
         (&unwanted, Type::TEXT_ARRAY),
-        (&(UNCLAIMED_MAX + 1), Type::INT8),
+        (&(UNCLAIMED_MAX as i64 + 1), Type::INT8),
     ];
     let rows = client.query_typed(&tables.qualify(UNCLAIMED), &parameters).await.map_err(log_error)?;
-    let mut places = SeqSet::new();
-    for row in &rows {
-        places.insert(Seq(column::<i64>(row, 0)?.unsigned_abs()));
-    }
-    if let Some(last) = places.last().filter(|_| rows.len() as i64 > UNCLAIMED_MAX) {
-        places.insert_range(last, high);
-    }
-    Ok(places)
+    let rows = rows.iter().map(|row| column(row, 0)).collect::<Result<Vec<i64>, _>>()?;
+    Ok(unclaimed_places(&rows, high))
 }
 
 /// The topics that any of these sinks takes.
@@ -393,15 +364,10 @@ async fn check_history(client: &Client, tables: &Tables, cursor: &mut Cursor) ->
     let is_elsewhere = !cursor.history.is_empty() && cursor.history != history;
     cursor.history = history;
     let drawn = drawn(client, tables).await?;
-    let high: [Parameter<'_>; 1] = [(&signed(cursor.high.0), Type::INT8)];
+    let high: [Parameter<'_>; 1] = [(&signed(cursor.stored.high.0), Type::INT8)];
     let row = client.query_typed_opt(&tables.qualify(ID_AT), &high).await.map_err(log_error)?;
     let id: Option<String> = row.map(|row| column(&row, 0)).transpose()?;
-    let is_other = id.is_some() && cursor.high_id.is_some() && id != cursor.high_id;
-    if drawn < cursor.high || is_other {
-        (cursor.low, cursor.high, cursor.high_id, cursor.holes) = (Seq::ZERO, Seq::ZERO, None, SeqSet::new());
-        return Ok(true);
-    }
-    Ok(is_elsewhere)
+    Ok(cursor.stored.is_of_another_log(drawn, id.as_deref()) || is_elsewhere)
 }
 
 async fn parked_keys(client: &Client, tables: &Tables, sink: &str) -> Result<Vec<(EventKey, Seq)>, LogError> {

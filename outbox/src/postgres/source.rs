@@ -15,10 +15,10 @@ use tokio_postgres::{
 };
 
 use super::{
-    PostgresLog, column,
+    LOCKED, PostgresLog, column,
     gaps::Holder,
     log_error,
-    owner::Owner,
+    owner::{Owner, drawn},
     timely,
     values::{COLUMNS, multirange},
 };
@@ -47,13 +47,10 @@ const READ: &str = "SELECT {columns} FROM unnest($1::text::int8multirange) AS wa
 const PROBE: &str = "SELECT found.*, pg_snapshot_xmin(pg_current_snapshot())::text FROM (SELECT 1) once \
      LEFT JOIN ({read}) found ON true";
 /// All who hold the lock that drawing a place takes; prepared transactions have no process.
-const HOLDERS: &str = "SELECT coalesce(virtualtransaction, ''), pid FROM pg_locks WHERE locktype = 'relation' \
-     AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
-     AND relation = '{p}outbox'::regclass AND mode = 'RowExclusiveLock' AND granted";
+const HOLDERS: &str = "SELECT coalesce(virtualtransaction, ''), pid FROM pg_locks WHERE {locked}";
 /// A commit that does not wait for the disk has reached it after three rounds of the writer of the write-ahead log.
 /// Source: postgresql.org/docs/current/wal-async-commit.html.
 const WRITE_DELAY: &str = "SELECT 3 * extract(epoch FROM current_setting('wal_writer_delay')::interval)::float8";
-const LAST_SEQ: &str = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {p}outbox_seq";
 
 #[async_trait]
 impl LogSource for PostgresLog {
@@ -88,7 +85,7 @@ impl LogSource for PostgresLog {
 
     async fn last_seq(&self) -> Result<Seq, LogError> {
         let mut held = self.reader.lock().await?;
-        let last = timely(last_seq(held.get(), &self.tables.qualify(LAST_SEQ))).await;
+        let last = timely(drawn(held.get(), &self.tables)).await;
         held.check(last)
     }
 
@@ -199,7 +196,7 @@ impl PostgresLog {
 
     async fn watch_last(&self) -> Result<Seq, LogError> {
         let mut held = self.watcher.lock().await?;
-        let last = timely(last_seq(held.get(), &self.tables.qualify(LAST_SEQ))).await;
+        let last = timely(drawn(held.get(), &self.tables)).await;
         held.check(last)
     }
 
@@ -244,7 +241,8 @@ impl PostgresLog {
 
     async fn probe_on(&self, client: &Client, unseen: &SeqSet, limit: PageLimit) -> Result<Probe, LogError> {
         if self.gaps().wants_locks(Instant::now()) {
-            let holders = lock_holders(client, &self.tables.qualify(HOLDERS)).await?;
+            let sql = self.tables.qualify(&HOLDERS.replace("{locked}", LOCKED));
+            let holders = lock_holders(client, &sql).await?;
             self.gaps().read_locks(&holders, Instant::now());
         }
         let read = READ.replace("{columns}", COLUMNS);
@@ -270,9 +268,4 @@ async fn lock_holders(client: &Client, sql: &str) -> Result<BTreeSet<Holder>, Lo
     let rows = client.query_typed(sql, &[]).await.map_err(log_error)?;
     let holder = |row: &tokio_postgres::Row| Ok(Holder { transaction: column(row, 0)?, pid: column(row, 1)? });
     rows.iter().map(holder).collect()
-}
-
-async fn last_seq(client: &Client, sql: &str) -> Result<Seq, LogError> {
-    let row = client.query_typed_one(sql, &[]).await.map_err(log_error)?;
-    Ok(Seq(column::<i64>(&row, 0)?.unsigned_abs()))
 }

@@ -1,20 +1,15 @@
 //! The log as an operator sees it.
 
-use std::time::Duration;
-
 use async_trait::async_trait;
 use bus_core::{Seq, SeqSet, Timestamp};
 use sqlx::{AssertSqlSafe, Connection, Row as _, SqliteConnection, sqlite::SqliteRow};
 
 use super::{SqliteLog, database_now, log_error, rows::COLUMNS};
 use crate::{
-    Blocked, DeadColumns, DeadRest, DeadRow, DeadState, LogAdmin, LogError, LogErrorKind, Request, RequestKind,
-    RequestProgress, Selected, Sink, SinkStatus,
-    rows::{Decoder, LOG, parse},
+    Blocked, DeadColumns, DeadRest, DeadRow, DeadState, LogAdmin, LogError, Request, RequestKind, RequestProgress,
+    Selected, Sink, SinkStatus,
+    rows::{COUNT_MAX, Decoder, LOG, age, check_removable, elapsed, parse},
 };
-
-/// Beyond this many events a backlog is not counted to the end.
-const COUNT_MAX: i64 = 100_000;
 
 const DEAD_ROWS: &str = "SELECT {columns}, state, parked, reason, error, attempts, at, sink FROM {p}dead_letter \
      WHERE log = ?1 AND (?2 IS NULL OR sink > ?2 OR (sink = ?2 AND seq > ?3)) \
@@ -150,10 +145,7 @@ impl SqliteLog {
         let query = sqlx::query(self.tables.sql(OPEN_REQUESTS)).bind(LOG).bind(&self.sink);
         let rows = query.fetch_all(connection).await.map_err(log_error)?;
         let request = |row: SqliteRow| {
-            let kind = match row.get::<String, _>(1).as_str() {
-                "discard" => RequestKind::Discard,
-                _ => RequestKind::Retry,
-            };
+            let kind = RequestKind::from_column(&row.get::<String, _>(1));
             let selected = parse(&row.get::<String, _>(2), "arguments")?;
             Ok(Request { id: row.get(0), kind, selected, rate: row.get::<Option<i64>, _>(3).map(|rate| rate as u32) })
         };
@@ -208,17 +200,8 @@ impl SqliteLog {
         let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await.map_err(log_error)?;
         let now = database_now(&mut transaction).await?;
         let lease = sqlx::query_scalar::<_, i64>(self.tables.sql(LEASE)).bind(LOG).bind(sink);
-        match lease.fetch_optional(&mut *transaction).await.map_err(log_error)? {
-            None => {
-                let message = format!("there is no sink `{sink}`: `outbus sinks list` names those there are");
-                return Err(LogError::new(LogErrorKind::Invalid, message));
-            }
-            Some(until) if until > now => {
-                let message = format!("a relay owns sink `{sink}` now: stop it first");
-                return Err(LogError::new(LogErrorKind::Invalid, message));
-            }
-            Some(_) => {}
-        }
+        let lease = lease.fetch_optional(&mut *transaction).await.map_err(log_error)?;
+        check_removable(sink, lease.map(|until| until > now))?;
         for statement in REMOVE_SINK {
             let delete = sqlx::query(self.tables.sql(statement)).bind(LOG).bind(sink);
             delete.execute(&mut *transaction).await.map_err(log_error)?;
@@ -383,11 +366,6 @@ fn sink_row(row: &SqliteRow, now: i64) -> Result<SinkRow, LogError> {
 
 fn dead_row(decoder: &mut Decoder, row: &SqliteRow) -> Result<DeadRow, LogError> {
     let decoded = decoder.row(row)?;
-    let state = match row.get::<String, _>(11).as_str() {
-        "dead" => DeadState::Dead,
-        "retrying" => DeadState::Retrying,
-        _ => DeadState::Parked,
-    };
     // SQLite keeps anything in any column: it is read as the bytes it would be written with.
     let bytes = |column: usize| row.try_get_unchecked::<Option<Vec<u8>>, _>(column).ok().flatten();
     let optional = |column: usize| bytes(column).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
@@ -411,7 +389,7 @@ fn dead_row(decoder: &mut Decoder, row: &SqliteRow) -> Result<DeadRow, LogError>
             event_type: text(4),
             rest,
         },
-        state,
+        state: DeadState::from_column(&row.get::<String, _>(11)),
         parked: row.get::<i64, _>(12) == 1,
         reason: row.get(13),
         error: row.get(14),
@@ -419,12 +397,4 @@ fn dead_row(decoder: &mut Decoder, row: &SqliteRow) -> Result<DeadRow, LogError>
         at: Timestamp::from_unix_micros(row.get(16)),
         sink: row.get(17),
     })
-}
-
-fn age(time: Option<i64>, now: i64) -> Option<Duration> {
-    time.map(|time| elapsed(now, time))
-}
-
-fn elapsed(later: i64, earlier: i64) -> Duration {
-    Duration::from_micros(later.saturating_sub(earlier).max(0).unsigned_abs())
 }

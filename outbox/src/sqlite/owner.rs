@@ -10,7 +10,7 @@ use super::{Tables, admin::Topics, database_now, log_error, micros};
 use crate::{
     Acquire, Acquisition, Change, DeadState, EventKey, Lease, LogError, LogErrorKind, Owned, Pruned, SetAside, Start,
     TopicPattern,
-    cursor::HOLE_RANGES_MAX,
+    cursor::{HOLE_RANGES_MAX, StoredCursor, UNCLAIMED_MAX, unclaimed_places},
     marks::{JANITOR_TTL, Marks},
     rows::{LOG, damaged, fenced, json, parse, signed},
 };
@@ -63,15 +63,9 @@ pub(super) struct Owner<'a> {
     pub(super) connection: &'a mut SqliteConnection,
 }
 
-/// Rows looked through for those that a sink wants now; behind them, all are taken for such.
-const UNCLAIMED_MAX: usize = 100_000;
-
 /// A cursor's row.
 struct Cursor {
-    low: Seq,
-    high: Seq,
-    high_id: Option<String>,
-    holes: SeqSet,
+    stored: StoredCursor,
     position: Option<Position>,
     topics: Vec<String>,
     epoch: u64,
@@ -111,7 +105,7 @@ impl Owner<'_> {
         }
         if cursor.topics != topics {
             // What was nothing to this sink, and to any other, is a hole now.
-            cursor.open(unclaimed(&mut transaction, tables, &topics, cursor.high).await?);
+            cursor.stored.open(&unclaimed(&mut transaction, tables, &topics, cursor.stored.high).await?);
         }
         let epoch = (cursor.epoch + 1).max(request.epoch_min);
         let take = sqlx::query(tables.sql(TAKE))
@@ -119,10 +113,10 @@ impl Owner<'_> {
             .bind(&request.owner)
             .bind(now + micros(request.ttl))
             .bind(&cursor.incarnation)
-            .bind(signed(cursor.low.0))
-            .bind(signed(cursor.high.0))
-            .bind(&cursor.high_id)
-            .bind(json(&cursor.holes.joined(HOLE_RANGES_MAX)))
+            .bind(signed(cursor.stored.low.0))
+            .bind(signed(cursor.stored.high.0))
+            .bind(&cursor.stored.high_id)
+            .bind(json(&cursor.stored.holes.joined(HOLE_RANGES_MAX)))
             .bind(json(&topics))
             .bind(&request.bus)
             .bind(LOG)
@@ -134,9 +128,9 @@ impl Owner<'_> {
             lease: Lease { epoch, ttl: request.ttl },
             log_id,
             incarnation: cursor.incarnation.into(),
-            low: cursor.low,
-            high: cursor.high,
-            holes: cursor.holes,
+            low: cursor.stored.low,
+            high: cursor.stored.high,
+            holes: cursor.stored.holes,
             position: cursor.position,
             parked,
             previous_bus: cursor.bus.filter(|bus| *bus != request.bus),
@@ -260,10 +254,12 @@ async fn cursor_row(
     let query = sqlx::query(tables.sql(CURSOR_ROW)).bind(LOG).bind(sink);
     let Some(row) = query.fetch_optional(&mut **transaction).await.map_err(log_error)? else { return Ok(None) };
     Ok(Some(Cursor {
-        low: Seq(row.get::<i64, _>(0).unsigned_abs()),
-        high: Seq(row.get::<i64, _>(1).unsigned_abs()),
-        high_id: row.get(2),
-        holes: parse(&row.get::<String, _>(3), "holes")?,
+        stored: StoredCursor {
+            low: Seq(row.get::<i64, _>(0).unsigned_abs()),
+            high: Seq(row.get::<i64, _>(1).unsigned_abs()),
+            high_id: row.get(2),
+            holes: parse(&row.get::<String, _>(3), "holes")?,
+        },
         position: row.get::<Option<String>, _>(4).map(|text| parse(&text, "sink_pos")).transpose()?,
         epoch: row.get::<i64, _>(5).unsigned_abs(),
         owner: row.get(6),
@@ -272,16 +268,6 @@ async fn cursor_row(
         bus: row.get(9),
         topics: parse(&row.get::<String, _>(10), "topics")?,
     }))
-}
-
-impl Cursor {
-    /// These places are not settled after all.
-    fn open(&mut self, places: SeqSet) {
-        if let Some(first) = places.first().filter(|first| *first <= self.low) {
-            self.low = first.previous();
-        }
-        self.holes.insert_all(&places);
-    }
 }
 
 /// Registers a sink: at what no other sink has settled or wanted yet, or at the end.
@@ -308,10 +294,7 @@ async fn register(
     let register = sqlx::query(tables.sql(REGISTER)).bind(LOG).bind(sink).bind(signed(first.0)).bind(signed(first.0));
     register.bind(json(&topics)).bind(&incarnation).execute(&mut **transaction).await.map_err(log_error)?;
     Ok(Cursor {
-        low: first,
-        high: first,
-        high_id: None,
-        holes: SeqSet::new(),
+        stored: StoredCursor::behind(first),
         position: None,
         topics: topics.to_vec(),
         epoch,
@@ -339,11 +322,7 @@ async fn unclaimed(
         query = query.bind(pattern);
     }
     let rows: Vec<i64> = query.fetch_all(&mut **transaction).await.map_err(log_error)?;
-    let mut places: SeqSet = rows.iter().map(|seq| Seq(seq.unsigned_abs())).collect();
-    if let Some(last) = places.last().filter(|_| rows.len() > UNCLAIMED_MAX) {
-        places.insert_range(last, high);
-    }
-    Ok(places)
+    Ok(unclaimed_places(&rows, high))
 }
 
 /// The topics that any of these sinks takes.
@@ -365,14 +344,9 @@ async fn check_history(
 ) -> Result<bool, LogError> {
     let drawn: i64 = sqlx::query_scalar(tables.sql(SEQUENCE)).fetch_one(&mut **transaction).await.map_err(log_error)?;
     let drawn = Seq(drawn.unsigned_abs());
-    let query = sqlx::query_scalar(tables.sql(ID_AT)).bind(signed(cursor.high.0));
+    let query = sqlx::query_scalar(tables.sql(ID_AT)).bind(signed(cursor.stored.high.0));
     let id: Option<String> = query.fetch_optional(&mut **transaction).await.map_err(log_error)?;
-    let is_other = id.is_some() && cursor.high_id.is_some() && id != cursor.high_id;
-    if drawn < cursor.high || is_other {
-        (cursor.low, cursor.high, cursor.high_id, cursor.holes) = (Seq::ZERO, Seq::ZERO, None, SeqSet::new());
-        return Ok(true);
-    }
-    Ok(false)
+    Ok(cursor.stored.is_of_another_log(drawn, id.as_deref()))
 }
 
 async fn parked_keys(
