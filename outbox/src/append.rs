@@ -129,11 +129,7 @@ impl Outbox {
         E: TryInto<Event>,
         E::Error: Into<EventError>,
     {
-        let mut checked = Vec::new();
-        for (index, event) in events.into_iter().enumerate() {
-            let event = event.try_into().map_err(|error| AppendError::new(index, error.into()))?;
-            checked.push(self.check_size(event).map_err(|error| AppendError::new(index, error))?);
-        }
+        let checked = self.checked(events)?;
         if checked.is_empty() {
             return Ok(());
         }
@@ -143,6 +139,19 @@ impl Outbox {
             allow_relaxed_sync: self.config.allow_relaxed_sync,
         };
         transaction.insert(&insert).await
+    }
+
+    /// The events, each within the rules and the limit.
+    pub(crate) fn checked<E>(&self, events: impl IntoIterator<Item = E>) -> Result<Vec<Event>, AppendError>
+    where
+        E: TryInto<Event>,
+        E::Error: Into<EventError>,
+    {
+        let check = |(index, event): (usize, E)| {
+            let event = event.try_into().map_err(|error| AppendError::new(index, error.into()))?;
+            self.check_size(event).map_err(|error| AppendError::new(index, error))
+        };
+        events.into_iter().enumerate().map(check).collect()
     }
 
     fn check_size(&self, event: Event) -> Result<Event, EventError> {
@@ -182,6 +191,33 @@ impl Outbox {
 
 /// A transaction of some driver, into which events can be inserted. Implemented for transactions only: passing a pool or
 /// a bare connection, the most common mistake with an outbox, does not compile.
+///
+/// # Examples
+///
+/// Another driver, or another version of one, is adopted with a type for its transaction:
+///
+#[cfg_attr(feature = "sqlx-postgres", doc = "```")]
+#[cfg_attr(not(feature = "sqlx-postgres"), doc = "```ignore")]
+/// use async_trait::async_trait;
+/// use outbox::{AppendError, Insert, LogError, LogErrorKind, OutboxTx};
+///
+/// /// A connection on which BEGIN was executed.
+/// struct Begun<'a>(&'a mut sqlx::PgConnection);
+///
+/// #[async_trait]
+/// impl OutboxTx for Begun<'_> {
+///     async fn insert(&mut self, insert: &Insert<'_>) -> Result<(), AppendError> {
+///         for rows in insert.postgres_rows() {
+///             let query = sqlx::query(sqlx::AssertSqlSafe(insert.postgres_many())).bind(&rows.id).bind(&rows.topic);
+///             let query = query.bind(&rows.key).bind(&rows.event_type).bind(&rows.source).bind(&rows.subject);
+///             let query = query.bind(&rows.content_type).bind(&rows.extensions).bind(&rows.time).bind(&rows.data);
+///             let refused = |error| LogError::with_source(LogErrorKind::Invalid, "the insert is refused", error);
+///             query.execute(&mut *self.0).await.map_err(refused)?;
+///         }
+///         Ok(())
+///     }
+/// }
+/// ```
 #[async_trait]
 pub trait OutboxTx: Send {
     /// Inserts the events' rows, in order, with the statement's tables.

@@ -112,6 +112,12 @@ impl AppendError {
         Self { index, reason: reason.into() }
     }
 
+    /// The same, of a batch that stands behind so many events.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn behind(self, events: usize) -> Self {
+        Self { index: events + self.index, ..self }
+    }
+
     /// The event at fault, by its index in the batch; 0 where it is the batch as a whole.
     pub fn index(&self) -> usize {
         self.index
@@ -120,6 +126,13 @@ impl AppendError {
     /// What is wrong.
     pub fn reason(&self) -> &AppendErrorReason {
         &self.reason
+    }
+}
+
+/// The batch as a whole: for those who adopt another driver.
+impl From<LogError> for AppendError {
+    fn from(error: LogError) -> Self {
+        Self::new(0, error)
     }
 }
 

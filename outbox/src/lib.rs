@@ -34,8 +34,8 @@ pub use log::{
 };
 #[cfg(feature = "postgres")]
 pub use postgres::{
-    PostgresConfig, PostgresLog, PostgresRows, log_error as postgres_error, migrate as migrate_postgres,
-    print_migrations as print_postgres_migrations,
+    PostgresConfig, PostgresLog, PostgresRows, PostgresTransaction, log_error as postgres_error,
+    migrate as migrate_postgres, print_migrations as print_postgres_migrations,
 };
 pub use relay::{LEASE_MIN, Progress, Relay, RelayConfig, RelayError, RelayEvent, RelaySummary, SPAN_MAX};
 #[cfg(feature = "sqlite")]

@@ -3,11 +3,18 @@
 #[path = "support/database.rs"]
 mod database;
 
+use std::time::Duration;
+
 use bus_core::{Event, Seq, Timestamp};
 use database::Database;
 use diesel_async::{AsyncConnection, AsyncPgConnection, SimpleAsyncConnection};
-use outbox::{AppendErrorReason, PageLimit, Tables};
+use outbox::{AppendError, AppendErrorReason, Insert, LogError, LogErrorKind, OutboxTx, PageLimit, Tables};
 use sqlx::Connection as _;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
 
 /// One event, and more than one statement takes.
 fn batches() -> [Vec<Event>; 2] {
@@ -50,6 +57,104 @@ async fn by_tokio_postgres() {
         rolled_back.rollback().await.unwrap();
     }
     check(&database).await;
+}
+
+/// The last statement and the COMMIT are one round trip: a proxy keeps the server's answers back until it has seen the
+/// COMMIT. Catches the mutant that awaits the insert first, and those that leave the transaction open or commit what was
+/// refused (each tried).
+#[tokio::test]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn by_tokio_postgres_with_the_commit_in_one_round_trip() {
+    let database = Database::create().await;
+    let proxy = Withholding::start(&database.url).await;
+    let mut client = database.at(&proxy.url).client().await;
+    for events in batches() {
+        let transaction = database.outbox.begin(client.build_transaction()).await.unwrap();
+        // Of several statements the last one is sent with the COMMIT.
+        if events.len() == 1 {
+            proxy.withhold();
+        }
+        let committing = transaction.append_and_commit(events.clone());
+        tokio::time::timeout(Duration::from_secs(20), committing).await.expect("one round trip").unwrap();
+        let mut rolled_back = database.outbox.begin(client.build_transaction()).await.unwrap();
+        database.outbox.append(&mut *rolled_back, events.clone()).await.unwrap();
+        rolled_back.rollback().await.unwrap();
+        drop(database.outbox.begin(client.build_transaction()).await.unwrap());
+    }
+    let empty = database.outbox.begin(client.build_transaction()).await.unwrap();
+    empty.append_and_commit(Vec::<Event>::new()).await.unwrap();
+    let pid: i32 = client.query_one("SELECT pg_backend_pid()", &[]).await.unwrap().get(0);
+    let state = "SELECT state FROM pg_stat_activity WHERE pid = $1";
+    let state: String = database.client().await.query_one(state, &[&pid]).await.unwrap().get(0);
+    assert_eq!(state, "idle", "no transaction is left open");
+    check(&database).await;
+}
+
+/// What the server refuses, at the insert or at the commit, takes the whole transaction with it.
+#[tokio::test]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn what_is_refused_with_the_commit_is_rolled_back() {
+    let database = Database::create().await;
+    let setting = "CREATE TABLE {p}parent (id int PRIMARY KEY); \
+         CREATE TABLE {p}child (parent int REFERENCES {p}parent DEFERRABLE INITIALLY DEFERRED); \
+         ALTER TABLE {p}outbox ADD CONSTRAINT none_is_bad CHECK (id <> 'bad')";
+    database.run(setting).await;
+    let mut client = database.client().await;
+    let child = database.sql("INSERT INTO {p}child VALUES (1)");
+    let bad = Event::json("orders", "order.placed", &0).unwrap().id("bad").build().unwrap();
+    let with_bad = batches().into_iter().flatten().chain([bad]).collect::<Vec<_>>();
+    for (events, says) in [(with_bad, "none_is_bad"), (batches()[0].clone(), "child_parent_fkey")] {
+        let transaction = database.outbox.begin(client.build_transaction()).await.unwrap();
+        transaction.execute(&child, &[]).await.unwrap();
+        let refused = transaction.append_and_commit(events).await.unwrap_err();
+        assert!(refused.to_string().contains(says), "{refused}");
+    }
+    let rows = database.sql("SELECT (SELECT count(*) FROM {p}child) + (SELECT count(*) FROM {p}outbox)");
+    assert_eq!(client.query_one(&rows, &[]).await.unwrap().get::<_, i64>(0), 0, "nothing is committed");
+}
+
+/// A TCP proxy that, when told to, keeps the server's answers back until the client has sent a COMMIT.
+struct Withholding {
+    url: String,
+    withhold: watch::Sender<bool>,
+}
+
+impl Withholding {
+    async fn start(server: &str) -> Self {
+        let (head, rest) = server.split_once('@').expect("a user in the URL");
+        let (target, path) = rest.split_once('/').expect("a database in the URL");
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let url = format!("{head}@{}/{path}?sslmode=disable", listener.local_addr().expect("an address"));
+        let far = TcpStream::connect(target).await.expect("the server");
+        let (withhold, mut withheld) = watch::channel(false);
+        let seen = withhold.clone();
+        tokio::spawn(async move {
+            let ((mut near_in, mut near_out), (mut far_in, mut far_out)) =
+                (listener.accept().await.expect("the client").0.into_split(), far.into_split());
+            let asking = async {
+                let mut buffer = [0; 65_536];
+                while let Ok(count @ 1..) = near_in.read(&mut buffer).await {
+                    far_out.write_all(&buffer[..count]).await.expect("it is taken");
+                    if buffer[..count].windows(6).any(|word| word == b"COMMIT") {
+                        seen.send_replace(false);
+                    }
+                }
+            };
+            let answering = async {
+                let mut buffer = [0; 65_536];
+                while let Ok(count @ 1..) = far_in.read(&mut buffer).await {
+                    withheld.wait_for(|withheld| !withheld).await.expect("its sender lives");
+                    near_out.write_all(&buffer[..count]).await.expect("it is taken");
+                }
+            };
+            tokio::join!(asking, answering)
+        });
+        Self { url, withhold }
+    }
+
+    fn withhold(&self) {
+        self.withhold.send_replace(true);
+    }
 }
 
 #[tokio::test]
@@ -114,6 +219,43 @@ async fn by_diesel() {
         Manager::rollback_transaction(&mut connection).await.unwrap();
     }
     connection.batch_execute("SELECT 1").await.unwrap();
+    check(&database).await;
+}
+
+/// The example of [`OutboxTx`].
+struct Begun<'a>(&'a mut sqlx::PgConnection);
+
+#[async_trait::async_trait]
+impl OutboxTx for Begun<'_> {
+    async fn insert(&mut self, insert: &Insert<'_>) -> Result<(), AppendError> {
+        for rows in insert.postgres_rows() {
+            let query = sqlx::query(sqlx::AssertSqlSafe(insert.postgres_many())).bind(&rows.id).bind(&rows.topic);
+            let query = query.bind(&rows.key).bind(&rows.event_type).bind(&rows.source).bind(&rows.subject);
+            let query = query.bind(&rows.content_type).bind(&rows.extensions).bind(&rows.time).bind(&rows.data);
+            let refused = |error| LogError::with_source(LogErrorKind::Invalid, "the insert is refused", error);
+            query.execute(&mut *self.0).await.map_err(refused)?;
+        }
+        Ok(())
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn by_a_driver_that_is_adopted() {
+    let database = Database::create().await;
+    let mut connection = sqlx::PgConnection::connect(&database.url).await.unwrap();
+    for events in batches() {
+        for (savepoint, end) in [("SAVEPOINT one", "COMMIT"), ("SELECT 1", "ROLLBACK")] {
+            sqlx::raw_sql("BEGIN").execute(&mut connection).await.unwrap();
+            database.outbox.append(&mut Begun(&mut connection), events.clone()).await.unwrap();
+            sqlx::raw_sql(savepoint).execute(&mut connection).await.unwrap();
+            if end == "COMMIT" {
+                database.outbox.append(&mut Begun(&mut connection), events.clone()).await.unwrap();
+                sqlx::raw_sql("ROLLBACK TO one").execute(&mut connection).await.unwrap();
+            }
+            sqlx::raw_sql(end).execute(&mut connection).await.unwrap();
+        }
+    }
     check(&database).await;
 }
 

@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 use tokio_postgres::{
-    Client,
+    Client, Transaction,
     types::{ToSql, Type},
 };
 
@@ -124,8 +124,25 @@ async fn insert_by(client: &Client, insert: &Insert<'_>) -> Result<(), AppendErr
     Ok(())
 }
 
+/// Inserts by a client that is in a transaction, and ends it in the last statement's round trip. An error before that
+/// leaves it open.
+pub(super) async fn insert_and_commit(transaction: Transaction<'_>, insert: &Insert<'_>) -> Result<(), AppendError> {
+    let events = insert.events;
+    let (before, last) = events.split_at(events.len().saturating_sub(1) / ROWS_PER_INSERT * ROWS_PER_INSERT);
+    let client = transaction.client();
+    insert_by(client, &Insert { events: before, ..*insert }).await?;
+    // Each call sends its message before it waits. Where the insert is refused, the server answers the COMMIT that is
+    // already there by rolling back.
+    let last = Insert { events: last, ..*insert };
+    let (inserted, committed) = tokio::join!(biased; insert_by(client, &last), client.batch_execute("COMMIT"));
+    // It is over, whatever the answers: the ROLLBACK that a drop would send is for nothing.
+    std::mem::forget(transaction);
+    inserted.map_err(|error| error.behind(before.len()))?;
+    committed.map_err(|error| AppendError::new(0, log_error(error)))
+}
+
 #[async_trait]
-impl OutboxTx for tokio_postgres::Transaction<'_> {
+impl OutboxTx for Transaction<'_> {
     async fn insert(&mut self, insert: &Insert<'_>) -> Result<(), AppendError> {
         insert_by(self.client(), insert).await
     }
@@ -135,7 +152,7 @@ impl OutboxTx for tokio_postgres::Transaction<'_> {
 #[async_trait]
 impl OutboxTx for deadpool_postgres::Transaction<'_> {
     async fn insert(&mut self, insert: &Insert<'_>) -> Result<(), AppendError> {
-        insert_by(tokio_postgres::Transaction::client(self), insert).await
+        insert_by(Transaction::client(self), insert).await
     }
 }
 

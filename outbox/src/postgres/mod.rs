@@ -16,6 +16,7 @@ mod source;
 mod owner;
 mod admin;
 mod append;
+mod transaction;
 
 use std::{
     fmt,
@@ -40,6 +41,7 @@ pub use append::PostgresRows;
 pub use config::PostgresConfig;
 pub use error::log_error;
 pub(crate) use notify::Notifier;
+pub use transaction::PostgresTransaction;
 
 pub use migrate::{migrate, print_migrations};
 
