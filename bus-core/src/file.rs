@@ -17,6 +17,7 @@ use crate::{
     Mark, OrderOnFailure, Outcome, Position, Receipt, Seq, StoredDeadLetter, SubscribeFrom, SubscribeRequest,
     Subscription, Text, Topic, TopicSpec, Topology, WriterId,
     bus::{AdmittedBatch, admit_batch},
+    failpoint::failpoint,
     url_options::UrlOptions,
     writer::stopped,
 };
@@ -125,6 +126,7 @@ impl Inner {
             lines.push(b'\n');
         }
         for (topic, (indexes, lines)) in by_topic {
+            failpoint("mid-batch");
             if let Err(error) = self.append_lines(&topic, &lines) {
                 let path = self.path(&topic);
                 let message = format!("cannot write {}: {error}", path.display());

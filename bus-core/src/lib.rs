@@ -21,6 +21,7 @@ mod consumer;
 pub mod dead_letter;
 pub mod observed;
 pub mod url_options;
+mod failpoint;
 mod memory;
 mod file;
 pub mod testing;
@@ -34,6 +35,10 @@ pub use consumer::{Consumer, ConsumerSummary, Unknown};
 pub use delivery::{DeadCause, DeadReason, Delivery, Ownership, Settle, Settled, Settlement};
 pub use error::{BusError, ErrorKind};
 pub use event::{Event, EventBuilder, EventParts, EventType, Extensions, OUTBUS_LOG, OUTBUS_SEQ};
+#[cfg(feature = "failpoints")]
+pub use failpoint::FAILPOINT_VARIABLE;
+#[doc(hidden)]
+pub use failpoint::failpoint;
 pub use feed::PartitionFeed;
 pub use file::{FileBus, FileConfig, read_events};
 pub use handler::{Context, Handler, HandlerError, HandlerErrorKind};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bus_core::{LogId, Position, Seq, SeqSet, Text};
+use bus_core::{LogId, Position, Seq, SeqSet, Text, failpoint};
 use tokio_postgres::{Client, IsolationLevel, Row, Transaction, types::Type};
 use uuid::Uuid;
 
@@ -148,6 +148,7 @@ impl Owner<'_> {
         ];
         client.execute_typed(&tables.qualify(TAKE), &parameters).await.map_err(log_error)?;
         let parked = parked_keys(client, tables, sink).await?;
+        failpoint("in-acquire");
         transaction.commit().await.map_err(log_error)?;
         Ok(Acquisition::Owned(Box::new(Owned {
             lease: Lease { epoch, ttl: request.ttl },
@@ -172,6 +173,7 @@ impl Owner<'_> {
         let client = transaction.client();
         let xid = checkpoint(client, tables, sink, lease, change).await?;
         write_set_aside(client, tables, sink, change).await?;
+        failpoint("in-commit");
         for request in &change.requests {
             let parameters: [Parameter<'_>; 6] = [
                 (&LOG, Type::TEXT),
@@ -238,6 +240,7 @@ impl Owner<'_> {
             }
             None => 0,
         };
+        failpoint("in-prune");
         transaction.commit().await.map_err(log_error)?;
         Ok(Pruned { rows, more: rows >= rows_max as u64 })
     }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use bus_core::{Seq, SeqSet};
+use bus_core::{Seq, SeqSet, failpoint};
 use futures_util::TryStreamExt;
 use tokio_postgres::{
     Client,
@@ -133,6 +133,7 @@ impl LogSource for PostgresLog {
         let removed = self.removed.fetch_add(removed, Ordering::Relaxed) + removed;
         if removed >= VACUUM_ROWS && pruned.as_ref().is_ok_and(|pruned| !pruned.more) {
             self.removed.store(0, Ordering::Relaxed);
+            failpoint("before-vacuum");
             // A role that does not own the table is told so by a warning, and autovacuum does it.
             let vacuum = held.get().batch_execute(&self.tables.qualify(VACUUM)).await.map_err(log_error);
             return held.check(vacuum.and(pruned));

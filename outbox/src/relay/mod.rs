@@ -7,7 +7,7 @@ mod task;
 
 use std::{fmt, pin::pin, sync::Arc, time::Duration};
 
-use bus_core::{BusError, Capabilities, ErrorKind, EventBus, OrderOnFailure, RetryPolicy, host_name};
+use bus_core::{BusError, Capabilities, ErrorKind, EventBus, OrderOnFailure, RetryPolicy, failpoint, host_name};
 use tokio::time::{Instant, sleep};
 
 use crate::{
@@ -389,6 +389,7 @@ impl Relay {
         };
         match self.log.acquire(&request).await {
             Ok(Acquisition::Owned(owned)) => {
+                failpoint("after-acquire");
                 self.new_incarnation = false;
                 self.tell(RelayEvent::Owner { epoch: owned.lease.epoch, previous_bus: owned.previous_bus.clone() });
                 self.session = Some(self.open_session(*owned, sent));

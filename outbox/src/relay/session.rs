@@ -8,7 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bus_core::{BusError, Confirmations, ErrorKind, EventBus, LogWriter, Position, Seq, SeqSet, Text, WriterId};
+use bus_core::{
+    BusError, Confirmations, ErrorKind, EventBus, LogWriter, Position, Seq, SeqSet, Text, WriterId, failpoint,
+};
 use futures_util::{FutureExt, future::BoxFuture};
 use tokio::time::sleep_until;
 
@@ -251,6 +253,7 @@ impl Session {
                     Handed { writer, batch: None, confirmations }
                 }));
             } else if let Some(batch) = self.lanes.next_batch() {
+                failpoint("before-publish");
                 self.handing = Some(Box::pin(async move {
                     let confirmations = writer.publish_batch(batch.entries, &batch.mark).await;
                     Handed { writer, batch: Some(batch.id), confirmations }
@@ -271,6 +274,7 @@ impl Session {
         self.handing = None;
         self.position = handed.writer.position();
         self.writer = Some(handed.writer);
+        failpoint("after-publish");
         match handed.batch {
             Some(batch) => self.confirmations.push((batch, handed.confirmations)),
             None => self.operator.handed_over(handed.confirmations),
@@ -295,6 +299,7 @@ impl Session {
             }
         });
         if confirmed {
+            failpoint("after-confirmation");
             self.bus_took_events();
         }
         progress
@@ -459,6 +464,7 @@ impl Session {
         self.fetch_wanted |= worked;
         self.at_end = !worked;
         self.lanes.admit_page(page, now(), fastrand::f64());
+        failpoint("after-fetch");
         self.plan_probe();
         Ok(worked || probed)
     }
@@ -490,6 +496,7 @@ impl Session {
             *through = probe.through;
         }
         self.lanes.admit_probe(probe, now(), fastrand::f64());
+        failpoint("after-probe");
         Ok(true)
     }
 
@@ -550,6 +557,7 @@ impl Session {
             operator,
         };
         let (log, lease) = (Arc::clone(&self.log), self.lease.clone());
+        failpoint("before-checkpoint");
         self.store = Some(store);
         self.storing.start(async move { log.commit(&lease, &change).await });
     }
@@ -577,6 +585,7 @@ impl Session {
     fn stored(&mut self) -> Result<bool, End> {
         let Some(result) = self.storing.take() else { return Ok(false) };
         let Some(store) = self.store.take() else { return Ok(false) };
+        failpoint("after-checkpoint");
         match result {
             Ok(()) => {
                 if store.durable {
@@ -655,6 +664,7 @@ impl Session {
         if let Err(end) = self.stored() {
             return tracing::debug!(?end, "another owner came before the last checkpoint");
         }
+        failpoint("in-drain");
         let operator = self.operator.take_change().unwrap_or_default();
         let set_aside = self.lanes.pending_set_aside().len();
         let change = Change { durable: true, ..self.change(set_aside, &operator) };
@@ -667,6 +677,7 @@ impl Session {
 
     /// Gives the lease back, so that the next owner need not wait for its end.
     pub(super) async fn release(&mut self) {
+        failpoint("before-release");
         if let Err(error) = self.log.release(&self.lease).await {
             tracing::debug!(%error, "the lease could not be given back: it runs out");
         }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bus_core::{LogId, Position, Seq, SeqSet, Text};
+use bus_core::{LogId, Position, Seq, SeqSet, Text, failpoint};
 use sqlx::{AssertSqlSafe, Connection, Row as _, Sqlite, SqliteConnection, Transaction, sqlite::SqliteRow};
 use uuid::Uuid;
 
@@ -123,6 +123,7 @@ impl Owner<'_> {
             .bind(sink);
         take.execute(&mut *transaction).await.map_err(log_error)?;
         let parked = parked_keys(&mut transaction, tables, sink).await?;
+        failpoint("in-acquire");
         transaction.commit().await.map_err(log_error)?;
         Ok(Acquisition::Owned(Box::new(Owned {
             lease: Lease { epoch, ttl: request.ttl },
@@ -156,6 +157,7 @@ impl Owner<'_> {
             transaction.rollback().await.map_err(log_error)?;
             return Err(fenced(lease));
         }
+        failpoint("in-commit");
         for aside in &change.set_aside {
             set_aside(&mut transaction, tables, sink, aside).await?;
         }
@@ -215,6 +217,7 @@ impl Owner<'_> {
             Some(upto) => prune_to(&mut transaction, tables, &sinks, upto, rows_max).await?,
             None => 0,
         };
+        failpoint("in-prune");
         transaction.commit().await.map_err(log_error)?;
         Ok(Pruned { rows, more: rows >= rows_max as u64 })
     }

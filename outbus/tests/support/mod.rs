@@ -84,6 +84,16 @@ impl Folder {
         self.run(&["status", "--database", "sqlite:shop.db", "--output", "json"]).json()["logs"][0].clone()
     }
 
+    /// Runs a statement in `shop.db`.
+    pub(crate) fn sqlite(&self, sql: &str) {
+        block_on(async {
+            use sqlx::Connection;
+            let options = sqlx::sqlite::SqliteConnectOptions::new().filename(self.path("shop.db"));
+            let mut connection = sqlx::SqliteConnection::connect_with(&options).await.expect("it opens");
+            sqlx::raw_sql(sqlx::AssertSqlSafe(sql.to_owned())).execute(&mut connection).await.expect("a statement");
+        });
+    }
+
     pub(crate) fn bus_url(&self) -> String {
         format!("file://{}", self.path("bus").display())
     }
