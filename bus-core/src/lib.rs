@@ -22,6 +22,7 @@ pub mod dead_letter;
 pub mod observed;
 pub mod url_options;
 mod failpoint;
+mod mutant;
 mod memory;
 mod file;
 pub mod testing;
@@ -43,6 +44,10 @@ pub use feed::PartitionFeed;
 pub use file::{FileBus, FileConfig, read_events};
 pub use handler::{Context, Handler, HandlerError, HandlerErrorKind};
 pub use memory::{InMemoryBus, InMemoryConfig};
+#[cfg(outbus_mutants)]
+pub use mutant::MUTANT_VARIABLE;
+#[doc(hidden)]
+pub use mutant::mutant;
 pub use name::{EventError, Group, Topic};
 pub use observed::ObservedBus;
 pub use retry::RetryPolicy;

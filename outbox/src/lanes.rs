@@ -20,6 +20,7 @@ use std::{
 
 use bus_core::{
     BusError, ErrorKind, Event, Mark, OrderOnFailure, Outcome, RetryPolicy, Seq, SeqSet, Text, Topic, bus::too_large,
+    mutant,
 };
 
 use crate::{
@@ -196,7 +197,7 @@ impl Lanes {
             lanes: HashMap::new(),
             holds: BTreeMap::new(),
             trying: SeqSet::new(),
-            parked: parked.into_iter().collect(),
+            parked: parked.into_iter().filter(|_| !mutant("parked-keys-forgotten")).collect(),
             in_flight: BTreeMap::new(),
             next_batch: 0,
             window_events: 0,
@@ -274,14 +275,15 @@ impl Lanes {
             return self.settle(seq);
         }
         // The usual way first: nothing is held, nothing parked.
-        if !self.holds.is_empty() && self.join_hold(&row, bypass) {
+        if !self.holds.is_empty() && !mutant("retry-overtaken") && self.join_hold(&row, bypass) {
             return;
         }
         if !self.parked.is_empty() && self.join_parked(&row) {
             return;
         }
         // A fail-stop bus keeps a key's events in order by itself.
-        let key = (self.config.order == OrderOnFailure::Independent).then(|| row.event_key()).flatten();
+        let one_at_a_time = self.config.order == OrderOnFailure::Independent && !mutant("key-pipelined");
+        let key = one_at_a_time.then(|| row.event_key()).flatten();
         if let Some(lane) = key.as_ref().and_then(|key| self.lanes.get_mut(key)) {
             let bytes = row.size_bytes();
             lane.waiting.push_back(row);
@@ -355,7 +357,8 @@ impl Lanes {
 
     /// The next batch to hand over.
     pub(crate) fn next_batch(&mut self) -> Option<Batch> {
-        if !matches!(self.bus, BusState::Open) || self.ready.is_empty() {
+        let held_up = mutant("held-key-holds-all") && !self.holds.is_empty();
+        if !matches!(self.bus, BusState::Open) || self.ready.is_empty() || held_up {
             return None;
         }
         let (mut count, mut bytes) = (0, 0);
@@ -415,7 +418,7 @@ impl Lanes {
     }
 
     fn failed(&mut self, seq: Seq, event: Event, error: BusError, now: Instant, random: f64) {
-        let verdict = error.spends_attempt();
+        let verdict = error.spends_attempt() || mutant("outage-spends-attempts");
         let order = self.config.order;
         match (&mut self.bus, order) {
             (BusState::Stopping(stop), _) if verdict => stop.verdicts.push((seq, event, error)),
@@ -888,6 +891,7 @@ impl Lanes {
     /// The cursor as it is once the first `count` pending set-aside events are committed: low, high and holes.
     pub(crate) fn checkpoint(&mut self, count: usize) -> (Seq, Seq, SeqSet) {
         let mut cursor = self.cursor.clone();
+        let count = if mutant("settled-before-set-aside") { self.set_aside.len() } else { count };
         self.set_aside[..count].iter().for_each(|aside| cursor.settle(aside.seq));
         let holes = cursor.holes();
         (cursor.low(), cursor.high(), holes)

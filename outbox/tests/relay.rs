@@ -493,6 +493,29 @@ async fn a_restart_keeps_to_its_window() {
     assert!(read <= 200, "{read} events were read with a window of 100 and no broker");
 }
 
+/// A database that takes no checkpoint stops the relay: what a crash repeats is bounded. Catches the mutant that goes on
+/// publishing meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crash_repeats_no_more_than_the_window_and_4096() {
+    let (shop, bus) = (Shop::open().await, ScriptedBus::new(FAIL_STOP));
+    shop.append(events(10, 1_200)).await;
+    let log = Arc::new(CountingLog::new(shop.log("main").await));
+    log.refuse_commits.store(1, Ordering::SeqCst);
+    let config = RelayConfig { lease: Duration::from_secs(5), window_events: 256, ..config() };
+    let relay = Running::start(Relay::new(log.clone(), bus.arc(), config.clone()).unwrap());
+    bus.until_stored(4_096).await;
+    let refused = log.refused.load(Ordering::SeqCst);
+    until("some more checkpoints are refused", async || log.refused.load(Ordering::SeqCst) > refused + 10).await;
+    relay.kill().await;
+    let stored = bus.stored().len();
+    assert!(stored <= 4_096 + 256, "{stored} events were published without a checkpoint");
+    let again = Running::start(shop.relay(bus.arc(), config).await);
+    bus.until_stored(stored + 12_000).await;
+    again.stop().await;
+    assert_eq!(bus.stored().len(), stored + 12_000);
+    assert_eq!(first_by_key(&bus.stored()), first_by_key(&events(10, 1_200)));
+}
+
 /// Catches the mutant that compares with where the owner began: an outage looked like another history once retention
 /// had removed the broker's last event.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -75,8 +75,8 @@ impl Log for PostgresDatabase {
     }
 }
 
-/// Catches a relay that writes its checkpoint before what it covers is confirmed, a successor that goes on at the highest
-/// place and forgets the holes, and a set-aside event that is settled before its row is committed (each tried).
+/// Catches a checkpoint that covers what is not confirmed, and a successor that forgets the holes (each tried, and both are
+/// among `cargo xtask mutants`).
 #[test]
 #[cfg_attr(not(feature = "failpoints"), ignore = "needs the feature failpoints: cargo xtask test")]
 fn a_relay_that_is_killed_at_any_point_loses_invents_and_reorders_nothing() {

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail, ensure};
 
-use crate::{shell, tests};
+use crate::{mutants, shell, tests};
 
 /// A crate, and the libraries that must not be among its dependencies: they point one way only.
 const FORBIDDEN: [(&str, &[&str]); 4] = [
@@ -28,7 +28,8 @@ pub(crate) fn run() -> Result<()> {
     dependencies_point_one_way()?;
     licences_and_sources()?;
     spelling()?;
-    tests::run(&[])
+    tests::run(&[])?;
+    mutants::run(&[])
 }
 
 fn dependencies_point_one_way() -> Result<()> {

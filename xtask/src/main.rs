@@ -3,6 +3,7 @@
 #![allow(clippy::print_stdout, reason = "a command line tool")]
 
 mod checks;
+mod mutants;
 mod services;
 mod shell;
 mod tests;
@@ -34,6 +35,11 @@ enum Command {
     },
     /// Runs everything that must be green before a change lands.
     Ci,
+    /// Breaks the code on purpose, one promise at a time, and sees that its test notices.
+    Mutants {
+        /// Parts of the names of those to try; all without one.
+        names: Vec<String>,
+    },
     /// Measures the road against its raw twin; see bench/README.md.
     Bench {
         /// Passed on: `--quick`, `--output json`, ids of targets.
@@ -47,6 +53,7 @@ fn main() -> Result<()> {
         Command::Test { args } => tests::run(&args),
         Command::Services { args } => services::run(&args),
         Command::Ci => checks::run(),
+        Command::Mutants { names } => mutants::run(&names),
         Command::Bench { args } => {
             let servers = services::start()?;
             let environment = servers.as_ref().map(services::Started::environment).unwrap_or_default();

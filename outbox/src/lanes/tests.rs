@@ -182,6 +182,7 @@ fn a_refused_event_holds_its_key_and_is_parked_with_what_follows() {
         assert_eq!(seqs(&lanes.next_batch().unwrap()), [5], "the key stays parked");
         assert_eq!(lanes.pending_set_aside().len(), 3);
         assert_eq!(lanes.checkpoint(3).2.iter().collect::<Vec<_>>(), [Seq(5)]);
+        assert_eq!(lanes.checkpoint(1).2.len(), 3, "what is not set aside yet is not settled");
         lanes.set_aside_committed(3);
         assert_eq!(lanes.counts().parked, 3);
         lanes.unpark(&(Topic::new("orders").unwrap(), "a".into()));

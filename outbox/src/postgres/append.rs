@@ -1,6 +1,7 @@
 //! Appending within a transaction of PostgreSQL, whatever client has it.
 
 use async_trait::async_trait;
+use bus_core::mutant;
 use tokio_postgres::{
     Client, Transaction,
     types::{ToSql, Type},
@@ -134,7 +135,10 @@ pub(super) async fn insert_and_commit(transaction: Transaction<'_>, insert: &Ins
     // Each call sends its message before it waits. Where the insert is refused, the server answers the COMMIT that is
     // already there by rolling back.
     let last = Insert { events: last, ..*insert };
-    let (inserted, committed) = tokio::join!(biased; insert_by(client, &last), client.batch_execute("COMMIT"));
+    let (inserted, committed) = match mutant("insert-awaited-first") {
+        false => tokio::join!(biased; insert_by(client, &last), client.batch_execute("COMMIT")),
+        true => (insert_by(client, &last).await, client.batch_execute("COMMIT").await),
+    };
     // It is over, whatever the answers: the ROLLBACK that a drop would send is for nothing.
     std::mem::forget(transaction);
     inserted.map_err(|error| error.behind(before.len()))?;
@@ -144,7 +148,12 @@ pub(super) async fn insert_and_commit(transaction: Transaction<'_>, insert: &Ins
 #[async_trait]
 impl OutboxTx for Transaction<'_> {
     async fn insert(&mut self, insert: &Insert<'_>) -> Result<(), AppendError> {
-        insert_by(self.client(), insert).await
+        insert_by(self.client(), insert).await?;
+        if mutant("append-commits-alone") {
+            let committed = self.client().batch_execute("COMMIT; BEGIN").await.map_err(log_error);
+            committed.map_err(|error| AppendError::new(0, error))?;
+        }
+        Ok(())
     }
 }
 

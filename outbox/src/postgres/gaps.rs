@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bus_core::SeqSet;
+use bus_core::{SeqSet, mutant};
 
 /// Gaps as young as this are only probed: most are filled by a commit that is under way.
 const LOCKS_AFTER: Duration = Duration::from_millis(20);
@@ -106,7 +106,11 @@ impl Gaps {
                 Locks::Holders(left) | Locks::Prepared(left) => left.retain(|holder| holders.contains(holder)),
             }
             if group.locks == Locks::Holders(BTreeSet::new()) {
-                let prepared = holders.iter().filter(|holder| holder.pid.is_none()).cloned().collect();
+                let prepared = holders
+                    .iter()
+                    .filter(|holder| holder.pid.is_none() && !mutant("blind-to-prepared"))
+                    .cloned()
+                    .collect();
                 group.locks = Locks::Prepared(prepared);
             }
         }
@@ -118,7 +122,7 @@ impl Gaps {
         let mut dead = SeqSet::new();
         for group in &mut self.groups {
             group.places.remove_all(visible);
-            if group.locks.is_free() || group.bound.is_some_and(|bound| xmin >= bound) {
+            if group.is_over(xmin) {
                 let mut here = looked_at.clone();
                 let mut others = looked_at.clone();
                 others.remove_all(&group.places);
@@ -145,6 +149,11 @@ impl Gaps {
 }
 
 impl Group {
+    /// Whether a probe that sees nothing proves these places dead: every transaction below `xmin` was over then.
+    fn is_over(&self, xmin: u64) -> bool {
+        self.locks.is_free() || self.bound.is_some_and(|bound| xmin >= bound) || mutant("gap-closed-at-sight")
+    }
+
     /// Takes another group's gaps; what is proved afterwards is proved of both.
     fn join(&mut self, other: Self) {
         self.places.insert_all(&other.places);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bus_core::{LogId, Position, Seq, SeqSet, Text, failpoint};
+use bus_core::{LogId, Position, Seq, SeqSet, Text, failpoint, mutant};
 use tokio_postgres::{Client, IsolationLevel, Row, Transaction, types::Type};
 use uuid::Uuid;
 
@@ -115,7 +115,7 @@ impl Owner<'_> {
         let client = transaction.client();
         let (log_id, epoch_floor) = log_row(client, tables).await?;
         let found = cursor_row(client, tables, sink).await?;
-        if let Some(standby) = leased(client, tables, sink).await? {
+        if let Some(standby) = leased(client, tables, sink).await?.filter(|_| !mutant("lease-read-once")) {
             return Ok(standby);
         }
         let topics: Vec<String> = request.topics.iter().map(TopicPattern::to_string).collect();
@@ -218,7 +218,8 @@ impl Owner<'_> {
             return Ok(Pruned::default());
         }
         let lows = sinks.iter().map(|row| column::<i64>(row, 0)).collect::<Result<Vec<_>, _>>()?;
-        let settled = lows.into_iter().min().unwrap_or(0);
+        let settled = if mutant("janitor-forgets-a-sink") { lows.into_iter().max() } else { lows.into_iter().min() };
+        let settled = settled.unwrap_or(0);
         let marks = Marks(parse(column(&row, 0)?, "settled_marks")?);
         let kept_for = i64::try_from(retention.as_micros()).unwrap_or(i64::MAX);
         let (marks, removable) = marks.advance(column::<Micros>(&row, 2)?.0, settled, kept_for);
@@ -408,7 +409,11 @@ async fn checkpoint(
         (&signed(lease.epoch), Type::INT8),
         (&if change.durable { "on" } else { "off" }, Type::TEXT),
     ];
-    let row = client.query_typed_opt(&tables.qualify(CHECKPOINT), &parameters).await.map_err(log_error)?;
+    let sql = match mutant("stale-epoch-writes") {
+        false => tables.qualify(CHECKPOINT),
+        true => tables.qualify(&CHECKPOINT.replace("epoch = $10", "epoch >= $10")),
+    };
+    let row = client.query_typed_opt(&sql, &parameters).await.map_err(log_error)?;
     let row = row.ok_or_else(|| fenced(lease))?;
     column::<&str>(&row, 0)?.parse().map_err(|error| damaged("xid", error))
 }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bus_core::{
-    BusError, Confirmations, ErrorKind, EventBus, LogWriter, Position, Seq, SeqSet, Text, WriterId, failpoint,
+    BusError, Confirmations, ErrorKind, EventBus, LogWriter, Position, Seq, SeqSet, Text, WriterId, failpoint, mutant,
 };
 use futures_util::{FutureExt, future::BoxFuture};
 use tokio::time::sleep_until;
@@ -27,8 +27,11 @@ use crate::{
     lanes::{Lanes, LanesConfig},
 };
 
-/// Settled events after which a checkpoint is written. Together with the window this bounds the duplicates of a crash.
-const CHECKPOINT_EVENTS: u64 = 4_096;
+/// Settled events after which a checkpoint is written.
+const CHECKPOINT_EVENTS: u64 = 3_072;
+/// Settled events without a checkpoint beyond which nothing is handed over: together with the window this bounds the
+/// duplicates of a crash, however slow the database is. Some more than above, so that a checkpoint holds nobody up.
+const UNWRITTEN_MAX: u64 = 4_096;
 /// Set-aside events written in one transaction.
 const SET_ASIDE_MAX: usize = 500;
 /// A page is at most this part of the window, so that the next one is read while this one is published.
@@ -225,7 +228,7 @@ impl Session {
         // While a write is under way, no other one is due.
         if !self.storing.is_busy() {
             earlier(Some(self.clock.renewal_due()));
-            earlier(self.is_dirty().then(|| self.checkpoint.1 + self.log.checkpoint_interval()));
+            earlier((self.unwritten() > 0).then(|| self.checkpoint.1 + self.log.checkpoint_interval()));
         }
         // A time that has passed and changed nothing is not waited for in a tight loop.
         due.max(now() + Duration::from_millis(1))
@@ -245,7 +248,7 @@ impl Session {
     /// Hands over what is ready, batch by batch, as long as the writer takes them at once.
     fn hand_over(&mut self) -> bool {
         let mut handed = false;
-        while self.handing.is_none() && self.clock.is_held(now()) {
+        while self.handing.is_none() && self.may_hand_over() {
             let Some(mut writer) = self.writer.take() else { break };
             if let Some(events) = self.operator.next_batch() {
                 self.handing = Some(Box::pin(async move {
@@ -266,6 +269,17 @@ impl Session {
             self.poll_handing(&mut Context::from_waker(Waker::noop()));
         }
         handed
+    }
+
+    /// Whether the lease is held, and a crash would not repeat more than it may.
+    fn may_hand_over(&self) -> bool {
+        let is_held = self.clock.is_held(now()) || mutant("lease-outlived");
+        is_held && (self.unwritten() < UNWRITTEN_MAX || mutant("checkpoints-unawaited"))
+    }
+
+    /// Settled events that no checkpoint covers.
+    fn unwritten(&self) -> u64 {
+        self.lanes.settled() - self.checkpoint.0
     }
 
     fn poll_handing(&mut self, context: &mut Context<'_>) -> bool {
@@ -524,10 +538,6 @@ impl Session {
 
     // ---- Writing.
 
-    fn is_dirty(&self) -> bool {
-        self.lanes.settled() != self.checkpoint.0
-    }
-
     /// Writes a checkpoint, set-aside events or a renewal of the lease, if one is due and none is under way.
     fn store_when_due(&mut self) -> bool {
         let at = now();
@@ -537,8 +547,8 @@ impl Session {
         let operator = self.operator.take_change();
         let due = operator.is_some()
             || self.lanes.has_pending_set_aside()
-            || self.lanes.settled() - self.checkpoint.0 >= CHECKPOINT_EVENTS
-            || (self.is_dirty() && at >= self.checkpoint.1 + self.log.checkpoint_interval())
+            || self.unwritten() >= CHECKPOINT_EVENTS
+            || (self.unwritten() > 0 && at >= self.checkpoint.1 + self.log.checkpoint_interval())
             || at >= self.clock.renewal_due();
         if due {
             self.start_store(operator.unwrap_or_default());
@@ -563,7 +573,10 @@ impl Session {
     }
 
     fn change(&mut self, set_aside: usize, operator: &OperatorChange) -> Change {
-        let (low, high, holes) = self.lanes.checkpoint(set_aside);
+        let (low, high, holes) = match self.lanes.checkpoint(set_aside) {
+            (_, high, _) if mutant("checkpoint-ahead") => (high, high, SeqSet::new()),
+            checkpoint => checkpoint,
+        };
         let renewal = now() >= self.clock.renewal_due();
         let mut change = Change {
             low,
@@ -586,7 +599,7 @@ impl Session {
         let Some(result) = self.storing.take() else { return Ok(false) };
         let Some(store) = self.store.take() else { return Ok(false) };
         failpoint("after-checkpoint");
-        match result {
+        match if mutant("lost-answer-believed") { Ok(()) } else { result } {
             Ok(()) => {
                 if store.durable {
                     self.clock.renewed(store.sent)

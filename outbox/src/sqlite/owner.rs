@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use bus_core::{LogId, Position, Seq, SeqSet, Text, failpoint};
+use bus_core::{LogId, Position, Seq, SeqSet, Text, failpoint, mutant};
 use sqlx::{AssertSqlSafe, Connection, Row as _, Sqlite, SqliteConnection, Transaction, sqlite::SqliteRow};
 use uuid::Uuid;
 
@@ -207,7 +207,8 @@ impl Owner<'_> {
         if elected.rows_affected() == 0 || sinks.is_empty() {
             return Ok(Pruned::default());
         }
-        let settled = sinks.iter().map(|row| row.get::<i64, _>(0)).min().unwrap_or(0);
+        let lows = sinks.iter().map(|row| row.get::<i64, _>(0));
+        let settled = if mutant("janitor-forgets-a-sink") { lows.max() } else { lows.min() }.unwrap_or(0);
         let marks: String =
             sqlx::query_scalar(tables.sql(MARKS)).bind(LOG).fetch_one(&mut *transaction).await.map_err(log_error)?;
         let (marks, removable) = Marks(parse(&marks, "settled_marks")?).advance(now, settled, micros(retention));
