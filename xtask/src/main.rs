@@ -27,6 +27,11 @@ enum Command {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
     },
+    /// Runs the tests of PostgreSQL against other versions of it, fetched with npm: 14, 16, 17 and 18.
+    Postgres {
+        /// Only these versions.
+        versions: Vec<u32>,
+    },
     /// Starts, stops and breaks the servers that tests need: `up`, `down`, `kill postgres`, ...; `help` names all.
     Services {
         /// Passed on to `services/services`.
@@ -51,6 +56,7 @@ enum Command {
 fn main() -> Result<()> {
     match Xtask::parse().command {
         Command::Test { args } => tests::run(&args),
+        Command::Postgres { versions } => tests::postgres(&versions),
         Command::Services { args } => services::run(&args),
         Command::Ci => checks::run(),
         Command::Mutants { names } => mutants::run(&names),

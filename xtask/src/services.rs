@@ -24,6 +24,8 @@ pub(crate) fn run(args: &[String]) -> Result<()> {
 /// Servers that were started for one run of the tests.
 #[derive(Debug)]
 pub(crate) struct Started {
+    /// The script's settings.
+    settings: Vec<(String, String)>,
     /// The variables by which tests find them.
     environment: Vec<(String, String)>,
 }
@@ -34,6 +36,24 @@ pub(crate) fn start() -> Result<Option<Started>> {
     if missing.is_empty() {
         return Ok(None);
     }
+    can_start(&missing)?;
+    start_with(&[]).map(Some)
+}
+
+/// Starts PostgreSQL of another version, with a pooler before it, beside whatever runs.
+pub(crate) fn start_postgres(version: u32) -> Result<Started> {
+    let dir = shell::target().join(format!("services-postgres-{version}"));
+    let cache = shell::target().join("services-cache");
+    start_with(&[
+        ("SERVICES_POSTGRES_VERSION", &version.to_string()),
+        ("SERVICES_DIR", &dir.display().to_string()),
+        ("SERVICES_CACHE", &cache.display().to_string()),
+        ("SERVICES_PORT_OFFSET", &(version * 10).to_string()),
+    ])
+}
+
+/// Whether the script can run here.
+fn can_start(missing: &[&str]) -> Result<()> {
     let is_debian = shell::find("apt-get").is_some();
     let is_root = shell::output("id", &["-u"])?.trim() == "0";
     let is_there = shell::find("pgbouncer").is_some() && PathBuf::from("/usr/lib/postgresql").exists();
@@ -45,28 +65,38 @@ pub(crate) fn start() -> Result<Option<Started>> {
             missing.join(" and ")
         );
     }
+    Ok(())
+}
+
+fn start_with(settings: &[(&str, &str)]) -> Result<Started> {
     let script = script().display().to_string();
     let mut up = vec!["up"];
     up.extend(WANTED);
-    shell::run(&script, &up, &[])?;
-    let exports = shell::output(&script, &["env"])?;
+    shell::run(&script, &up, settings)?;
+    let exports = shell::output_with(&script, &["env"], settings)?;
     let export = |line: &str| {
         let (name, value) = line.strip_prefix("export ")?.split_once('=')?;
         Some((name.to_owned(), value.trim_matches('\'').to_owned()))
     };
-    Ok(Some(Started { environment: exports.lines().filter_map(export).collect() }))
+    let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+    Ok(Started { settings, environment: exports.lines().filter_map(export).collect() })
 }
 
 impl Started {
-    /// The variables, as a command takes them.
+    /// The variables, as a command takes them; with the script's settings, for tests that start servers of their own.
     pub(crate) fn environment(&self) -> Vec<(&str, &str)> {
-        self.environment.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect()
+        let all = self.settings.iter().chain(&self.environment);
+        all.map(|(name, value)| (name.as_str(), value.as_str())).collect()
+    }
+
+    fn settings(&self) -> Vec<(&str, &str)> {
+        self.settings.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect()
     }
 }
 
 impl Drop for Started {
     fn drop(&mut self) {
-        if let Err(error) = run(&["down".to_owned()]) {
+        if let Err(error) = shell::run(&script().display().to_string(), &["down"], &self.settings()) {
             println!("the servers could not be stopped: {error}");
         }
     }

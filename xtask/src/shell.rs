@@ -34,7 +34,14 @@ pub(crate) fn run(program: &str, args: &[&str], environment: &[(&str, &str)]) ->
 
 /// Runs a program and answers what it writes to stdout.
 pub(crate) fn output(program: &str, args: &[&str]) -> Result<String> {
-    let output = Command::new(program).args(args).current_dir(root()).stderr(Stdio::inherit()).output();
+    output_with(program, args, &[])
+}
+
+/// The same, with further environment variables.
+pub(crate) fn output_with(program: &str, args: &[&str], environment: &[(&str, &str)]) -> Result<String> {
+    let mut command = Command::new(program);
+    let output =
+        command.args(args).envs(environment.iter().copied()).current_dir(root()).stderr(Stdio::inherit()).output();
     let output = output.with_context(|| format!("{program} does not start"))?;
     ensure!(output.status.success(), "{program} {}: {}", args.join(" "), output.status);
     Ok(String::from_utf8(output.stdout)?)

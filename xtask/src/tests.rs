@@ -7,6 +7,35 @@ use crate::{services, shell};
 /// Needs root, for it mounts a small disk.
 const NEEDS_ROOT: &str = "a_full_disk_is_said_so_and_heals";
 
+/// The versions of PostgreSQL that are supported beside Debian's, which all other tests meet.
+pub(crate) const POSTGRES_VERSIONS: [u32; 4] = [14, 16, 17, 18];
+
+/// The test targets that meet PostgreSQL.
+const POSTGRES_TESTS: [&str; 5] = ["append_postgres", "conformance_postgres", "postgres", "failpoints", "kills"];
+
+/// Runs the tests of PostgreSQL against other versions of it.
+pub(crate) fn postgres(versions: &[u32]) -> Result<()> {
+    let versions = if versions.is_empty() { &POSTGRES_VERSIONS } else { versions };
+    for version in versions {
+        let server = services::start_postgres(*version)?;
+        let test = [
+            "test",
+            "-p",
+            "outbox",
+            "-p",
+            "outbus",
+            "--all-features",
+            "--tests",
+            "--",
+            "--include-ignored",
+            "postgres",
+        ];
+        shell::run("cargo", &test, &server.environment())?;
+        println!("PostgreSQL {version}: passed");
+    }
+    Ok(())
+}
+
 /// Runs every test, against servers that the environment names, or else against some that are started for it. What this
 /// machine cannot run is named, not passed over in silence.
 pub(crate) fn run(args: &[String]) -> Result<()> {
