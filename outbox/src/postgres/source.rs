@@ -23,8 +23,8 @@ use super::{
     values::{COLUMNS, multirange},
 };
 use crate::{
-    Acquire, Acquisition, Change, DeadRow, Lease, LogError, LogSource, Page, PageLimit, Probe, Pruned, ReadRows,
-    Request, Row, Selected,
+    Acquire, Acquisition, Change, DeadRow, Lease, LogError, LogErrorKind, LogSource, Page, PageLimit, Probe, Pruned,
+    ReadRows, Request, Row, Selected,
     rows::{Decoder, signed},
 };
 
@@ -46,8 +46,10 @@ const READ: &str = "SELECT {columns} FROM unnest($1::text::int8multirange) AS wa
 /// With the oldest transaction that was not over in that view; one row without a place where nothing is visible.
 const PROBE: &str = "SELECT found.*, pg_snapshot_xmin(pg_current_snapshot())::text FROM (SELECT 1) once \
      LEFT JOIN ({read}) found ON true";
-/// All who hold the lock that drawing a place takes; prepared transactions have no process.
-const HOLDERS: &str = "SELECT coalesce(virtualtransaction, ''), pid FROM pg_locks WHERE {locked}";
+/// All who hold the lock that drawing a place takes; prepared transactions have no process. One row without a mode where
+/// nobody does.
+const HOLDERS: &str = "SELECT mode, coalesce(virtualtransaction, ''), pid, pg_is_in_recovery() \
+     FROM (SELECT 1) once LEFT JOIN pg_locks ON {locked}";
 /// A commit that does not wait for the disk has reached it after three rounds of the writer of the write-ahead log.
 /// Source: postgresql.org/docs/current/wal-async-commit.html.
 const WRITE_DELAY: &str = "SELECT 3 * extract(epoch FROM current_setting('wal_writer_delay')::interval)::float8";
@@ -68,7 +70,6 @@ impl LogSource for PostgresLog {
     }
 
     async fn probe(&self, unseen: &SeqSet, limit: PageLimit) -> Result<Probe, LogError> {
-        self.gaps().see(unseen, Instant::now());
         let mut held = self.reader.lock().await?;
         let probed = timely(self.probe_on(held.get(), unseen, limit)).await;
         held.check(probed)
@@ -241,6 +242,8 @@ impl PostgresLog {
     }
 
     async fn probe_on(&self, client: &Client, unseen: &SeqSet, limit: PageLimit) -> Result<Probe, LogError> {
+        // Not before it is our turn: the locks that another probe reads meanwhile may be older than these gaps.
+        self.gaps().see(unseen, Instant::now());
         if self.gaps().wants_locks(Instant::now()) {
             let sql = self.tables.qualify(&HOLDERS.replace("{locked}", LOCKED));
             let holders = lock_holders(client, &sql).await?;
@@ -267,6 +270,17 @@ impl PostgresLog {
 
 async fn lock_holders(client: &Client, sql: &str) -> Result<BTreeSet<Holder>, LogError> {
     let rows = client.query_typed(sql, &[]).await.map_err(log_error)?;
-    let holder = |row: &tokio_postgres::Row| Ok(Holder { transaction: column(row, 0)?, pid: column(row, 1)? });
-    rows.iter().map(holder).collect()
+    let mut holders = BTreeSet::new();
+    for row in &rows {
+        if column(row, 3)? {
+            // Locks of the primary do not show on it: every gap would look as if everybody had let go of it.
+            let message = "the server is a standby, which cannot tell what may still be committed; point the URL at \
+                           the primary";
+            return Err(LogError::new(LogErrorKind::Unavailable, message));
+        }
+        if column::<Option<&str>>(row, 0)?.is_some() {
+            holders.insert(Holder { transaction: column(row, 1)?, pid: column(row, 2)? });
+        }
+    }
+    Ok(holders)
 }

@@ -20,7 +20,8 @@ const WATCH_MAX: Duration = Duration::from_millis(20);
 
 const FETCH: &str = "SELECT {columns} FROM {p}outbox WHERE seq > ? ORDER BY seq LIMIT ?";
 const FETCH_RANGE: &str = "SELECT {columns} FROM {p}outbox WHERE seq BETWEEN ? AND ? ORDER BY seq LIMIT ?";
-const LAST_SEQ: &str = "SELECT coalesce(max(seq), 0) FROM {p}outbox";
+/// Also when the last rows are gone.
+const LAST_SEQ: &str = "SELECT coalesce((SELECT seq FROM sqlite_sequence WHERE name = '{p}outbox'), 0)";
 /// Moves when another connection commits; cheap, for it reads shared memory.
 const DATA_VERSION: &str = "PRAGMA data_version";
 
