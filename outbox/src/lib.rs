@@ -13,8 +13,10 @@ mod log;
 mod rows;
 mod marks;
 mod cursor;
+mod in_order;
 mod lanes;
 mod wake;
+mod reader;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod relay;
@@ -37,6 +39,7 @@ pub use postgres::{
     PostgresConfig, PostgresLog, PostgresRows, PostgresTransaction, log_error as postgres_error,
     migrate as migrate_postgres, print_migrations as print_postgres_migrations,
 };
+pub use reader::LogReader;
 pub use relay::{LEASE_MIN, Progress, Relay, RelayConfig, RelayError, RelayEvent, RelaySummary, SPAN_MAX};
 #[cfg(feature = "sqlite")]
 pub use sqlite::{

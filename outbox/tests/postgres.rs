@@ -4,6 +4,8 @@
 #[path = "support/database.rs"]
 mod database;
 mod support;
+#[path = "support/writer.rs"]
+mod writer;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,17 +25,10 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
-use tokio_postgres::IsolationLevel;
+use writer::seed;
 
 const FAIL_STOP: OrderOnFailure = OrderOnFailure::FailStop;
 const INDEPENDENT: OrderOnFailure = OrderOnFailure::Independent;
-
-fn seed() -> u64 {
-    let seed =
-        std::env::var("OUTBUS_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
-    writeln!(std::io::stderr(), "OUTBUS_SEED={seed}").expect("stderr takes it");
-    seed
-}
 
 async fn relay(database: &Database, bus: &ScriptedBus, config: RelayConfig) -> Relay {
     Relay::new(database.log("main").await, bus.arc(), config).expect("a relay").wake(database.outbox.wake_signal())
@@ -59,119 +54,19 @@ async fn check_ledger(database: &Database, bus: &ScriptedBus) {
     }
 }
 
-/// A writer that does what writers do: it locks an aggregate, appends its next versions, and commits, or does not.
-struct Writer {
-    database: Arc<Database>,
-    random: fastrand::Rng,
-    name: usize,
-}
-
-impl Writer {
-    async fn run(mut self, stop: Arc<AtomicBool>) {
-        let mut client = self.database.client().await;
-        for n in 0.. {
-            if stop.load(Ordering::SeqCst) {
-                return;
-            }
-            // What PostgreSQL refuses, as it may under SERIALIZABLE, is rolled back.
-            let _refused = self.transact(&mut client, n).await;
-        }
-    }
-
-    async fn transact(&mut self, client: &mut tokio_postgres::Client, n: usize) -> Result<(), tokio_postgres::Error> {
-        let level = if self.random.u8(..6) == 0 { IsolationLevel::Serializable } else { IsolationLevel::ReadCommitted };
-        let mut transaction = client.build_transaction().isolation_level(level).start().await?;
-        let key = self.random.usize(..6);
-        let lock = self.database.sql("SELECT version FROM {p}aggregate WHERE id = $1 FOR UPDATE");
-        let mut version: i64 = transaction.query_one(&lock, &[&(key as i32)]).await?.get(0);
-        for _ in 0..1 + self.random.usize(..3) {
-            version += 1;
-            if self.random.u8(..5) == 0 {
-                // A place that is drawn, and rolled back with its savepoint.
-                let mut savepoint = transaction.transaction().await?;
-                self.append(&mut savepoint, key, version).await;
-                self.pause(20).await;
-                savepoint.rollback().await?;
-            }
-            if self.random.u8(..4) == 0 {
-                self.slow_insert(&transaction, key, version).await?;
-            } else {
-                self.append(&mut transaction, key, version).await;
-            }
-            self.pause(8).await;
-        }
-        let update = self.database.sql("UPDATE {p}aggregate SET version = $2 WHERE id = $1");
-        transaction.execute(&update, &[&(key as i32), &version]).await?;
-        match self.random.u8(..10) {
-            0 | 1 => transaction.rollback().await,
-            2 => {
-                let id = format!("{}_{}_{n}", self.database.schema, self.name);
-                transaction.batch_execute(&format!("PREPARE TRANSACTION '{id}'")).await?;
-                drop(transaction);
-                self.pause(40).await;
-                let how = if self.random.bool() { "COMMIT" } else { "ROLLBACK" };
-                client.batch_execute(&format!("{how} PREPARED '{id}'")).await
-            }
-            _ => {
-                transaction.commit().await?;
-                self.database.outbox.wake();
-                Ok(())
-            }
-        }
-    }
-
-    async fn append(&self, transaction: &mut tokio_postgres::Transaction<'_>, key: usize, version: i64) {
-        let event = event(&format!("k{key}"), version as usize);
-        // The test is about what is committed; a refusal shows at the commit.
-        let _refused = self.database.outbox.append(transaction, [event]).await;
-    }
-
-    /// Plain SQL whose row is inserted some time after its place was drawn.
-    async fn slow_insert(
-        &mut self,
-        transaction: &tokio_postgres::Transaction<'_>,
-        key: usize,
-        version: i64,
-    ) -> Result<(), tokio_postgres::Error> {
-        let sql = self.database.sql(
-            "INSERT INTO {p}outbox (id, topic, key, type, data) SELECT $1, 'orders', $2, 'order.placed', '1'::bytea \
-             FROM (SELECT pg_sleep($3)) slept",
-        );
-        let (id, name) = (format!("k{key}-{version}"), format!("k{key}"));
-        let slept = f64::from(self.random.u8(..20)) / 1_000.0;
-        transaction.execute(&sql, &[&id, &name, &slept]).await.map(|_| ())
-    }
-
-    async fn pause(&mut self, millis_max: u64) {
-        if self.random.bool() {
-            tokio::time::sleep(Duration::from_millis(self.random.u64(..millis_max))).await;
-        }
-    }
-}
-
 /// Writers side by side with rollbacks, savepoints, two-phase commit, serialization failures and sleeps, a transaction
 /// that stays open all the time, and a relay that is killed again and again. Catches the mutants that probe before they
 /// fetch (reorders) and that close gaps by locks blind to prepared transactions (loses); each was tried.
 async fn writers_against_a_relay(order: OrderOnFailure) {
     let database = Arc::new(Database::create().await);
     let seed = seed();
-    database
-        .run(
-            "CREATE TABLE {p}aggregate (id int PRIMARY KEY, version bigint NOT NULL); \
-         INSERT INTO {p}aggregate SELECT n, 0 FROM generate_series(0, 5) n",
-        )
-        .await;
     let mut idle = database.client().await;
     let open = idle.transaction().await.expect("a transaction");
     open.batch_execute(&database.sql("CREATE TABLE {p}foreign_work (); SELECT pg_current_xact_id()"))
         .await
         .expect("an xid");
     let stop = Arc::new(AtomicBool::new(false));
-    let mut writers = tokio::task::JoinSet::new();
-    for name in 0..8 {
-        let random = fastrand::Rng::with_seed(seed.wrapping_add(name as u64));
-        writers.spawn(Writer { database: Arc::clone(&database), random, name }.run(Arc::clone(&stop)));
-    }
+    let writers = writer::start(&database, seed, &stop).await;
     let bus = ScriptedBus::new(order);
     let config = RelayConfig { lease: Duration::from_millis(400), ..config() };
     let mut random = fastrand::Rng::with_seed(seed);

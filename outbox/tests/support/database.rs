@@ -50,7 +50,11 @@ impl Database {
     }
 
     pub(crate) async fn client(&self) -> Client {
-        let (client, connection) = tokio_postgres::connect(&self.url, NoTls).await.expect("a connection");
+        Self::client_at(&self.url).await
+    }
+
+    pub(crate) async fn client_at(url: &str) -> Client {
+        let (client, connection) = tokio_postgres::connect(url, NoTls).await.expect("a connection");
         tokio::spawn(connection);
         client
     }
