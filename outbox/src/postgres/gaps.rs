@@ -174,4 +174,6 @@ impl Group {
 }
 
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod tests;
