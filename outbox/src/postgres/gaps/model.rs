@@ -125,16 +125,16 @@ impl<C: Client> State<C> {
 
     fn next(&self, mutant: Mutant) -> Result<Vec<Self>, Promise> {
         let mut next = Vec::new();
+        if self.crashes > 0 {
+            for client in self.client.crashes(&self.world, mutant)? {
+                next.push(Self { client: Rc::new(client), crashes: self.crashes - 1, ..self.clone() });
+            }
+        }
         for world in self.world.steps(mutant) {
             next.push(Self { world: Rc::new(world), ..self.clone() });
         }
         for (world, client) in self.client.steps(&self.world, mutant)? {
             next.push(Self { world, client: Rc::new(client), crashes: self.crashes });
-        }
-        if self.crashes > 0 {
-            for client in self.client.crashes(&self.world, mutant)? {
-                next.push(Self { client: Rc::new(client), crashes: self.crashes - 1, ..self.clone() });
-            }
         }
         Ok(next)
     }
@@ -293,7 +293,7 @@ fn each_mutant_breaks_a_promise_in_log_order() {
 
 /// Many transactions, several crashes, pages of any size: more than can be gone through, so at random.
 fn seeded_runs<C: Client>() {
-    let runs = if is_full() { 20_000 } else { 150 };
+    let runs = if is_full() { 20_000 } else { 500 };
     let seed =
         std::env::var("OUTBUS_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| fastrand::u64(..));
     tell(&format!("OUTBUS_SEED={seed}, {runs} runs"));

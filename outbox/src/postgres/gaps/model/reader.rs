@@ -56,7 +56,13 @@ impl Client for Reader {
     fn steps(&self, world: &Rc<World>, mutant: Mutant) -> Result<Vec<(Rc<World>, Self)>, Promise> {
         let mut on = self.clone();
         on.read(world, mutant)?;
-        Ok(vec![(Rc::clone(world), on)])
+        let mut next = vec![(Rc::clone(world), on)];
+        if self.step == Step::Locks {
+            let mut on = self.clone();
+            on.see();
+            next.push((Rc::clone(world), on));
+        }
+        Ok(next)
     }
 
     fn crashes(&self, _world: &World, _mutant: Mutant) -> Result<Vec<Self>, Promise> {
@@ -84,7 +90,7 @@ impl Client for Reader {
     }
 
     fn check_end(&self, world: &World) -> Result<(), Promise> {
-        if self.handed_out != world.visible() {
+        if self.handed_out != *world.visible() {
             return Err(Promise::I1);
         }
         if self.order.unseen().is_empty() && self.order.wants_page() { Ok(()) } else { Err(Promise::I7) }
@@ -128,18 +134,23 @@ impl Reader {
         Ok(())
     }
 
-    fn read_locks(&mut self, world: &World, mutant: Mutant) {
+    /// Locks are not read with every probe: not while gaps are young.
+    fn see(&mut self) {
         self.gaps.see(self.order.unseen(), self.now);
-        match mutant {
-            Mutant::LocksBeforeGap => self.gaps.read_locks(&self.early.clone().unwrap_or_default(), self.now),
-            Mutant::ProbeBeforeLocks => self.visible = world.visible(),
-            _ => self.gaps.read_locks(&world.holders(mutant), self.now),
-        }
         self.step = Step::Probe;
     }
 
+    fn read_locks(&mut self, world: &World, mutant: Mutant) {
+        self.see();
+        match mutant {
+            Mutant::LocksBeforeGap => self.gaps.read_locks(&self.early.clone().unwrap_or_default(), self.now),
+            Mutant::ProbeBeforeLocks => self.visible = world.visible().clone(),
+            _ => self.gaps.read_locks(&world.holders(mutant), self.now),
+        }
+    }
+
     fn probe(&mut self, world: &World, mutant: Mutant) -> Result<(), Promise> {
-        let mut visible = world.visible();
+        let mut visible = world.visible().clone();
         if mutant == Mutant::ProbeBeforeLocks {
             self.gaps.read_locks(&world.holders(mutant), self.now);
             visible = std::mem::take(&mut self.visible);

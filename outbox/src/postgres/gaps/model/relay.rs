@@ -82,22 +82,8 @@ impl Client for Relay {
     ];
 
     fn new(scope: &Scope) -> Self {
-        Self {
-            page_rows: scope.page_rows,
-            now: Instant::now(),
-            step: Step::Fetch,
-            cursor: Cursor::default(),
-            gaps: Gaps::default(),
-            page: Vec::new(),
-            through: Seq::ZERO,
-            early: None,
-            earlier: BTreeSet::new(),
-            view: (SeqSet::new(), 0),
-            checkpoint: None,
-            stored: Stored::default(),
-            ledger: vec![Published::default(); scope.keys.iter().max().map_or(0, |max| max + 1)],
-            events_left: usize::MAX,
-        }
+        let keys = scope.keys.iter().max().map_or(0, |max| max + 1);
+        Self { ledger: vec![Published::default(); keys], ..Self::blank(scope.page_rows, Instant::now()) }
     }
 
     fn steps(&self, world: &Rc<World>, mutant: Mutant) -> Result<Vec<(Rc<World>, Self)>, Promise> {
@@ -105,6 +91,11 @@ impl Client for Relay {
         let mut on = self.clone();
         on.read(world, mutant)?;
         next.push((Rc::clone(world), on));
+        if self.step == Step::Locks {
+            let mut on = self.clone();
+            on.see();
+            next.push((Rc::clone(world), on));
+        }
         if self.checkpoint.is_some() {
             let (mut later, mut on) = (World::clone(world), self.clone());
             on.go_on_with_checkpoint(&mut later, mutant)?;
@@ -130,7 +121,8 @@ impl Client for Relay {
 
     fn crashes(&self, world: &World, mutant: Mutant) -> Result<Vec<Self>, Promise> {
         let mut left = vec![self.crashed()];
-        for events in 1.. {
+        // Reading the locks publishes nothing.
+        for events in 1..if self.step == Step::Locks { 1 } else { usize::MAX } {
             let mut on = Self { events_left: events, ..self.clone() };
             on.read(world, mutant)?;
             if on.events_left > 0 {
@@ -203,9 +195,16 @@ impl Relay {
         let Stored { low, high, holes } = &self.stored;
         let mut ledger = self.ledger.clone();
         ledger.iter_mut().for_each(|published| published.of_run = None);
+        let cursor = Cursor::restore(*low, *high, holes);
+        Self { cursor, stored: self.stored.clone(), ledger, ..Self::blank(self.page_rows, self.now) }
+    }
+
+    fn blank(page_rows: usize, now: Instant) -> Self {
         Self {
+            page_rows,
+            now,
             step: Step::Fetch,
-            cursor: Cursor::restore(*low, *high, holes),
+            cursor: Cursor::default(),
             gaps: Gaps::default(),
             page: Vec::new(),
             through: Seq::ZERO,
@@ -213,9 +212,9 @@ impl Relay {
             earlier: BTreeSet::new(),
             view: (SeqSet::new(), 0),
             checkpoint: None,
-            ledger,
+            stored: Stored::default(),
+            ledger: Vec::new(),
             events_left: usize::MAX,
-            ..self.clone()
         }
     }
 
@@ -264,14 +263,19 @@ impl Relay {
         self.cursor.unseen().within(self.through.next(), Seq(u64::MAX))
     }
 
-    fn read_locks(&mut self, world: &World, mutant: Mutant) {
+    /// Locks are not read with every probe: not while gaps are young.
+    fn see(&mut self) {
         self.gaps.see(&self.unseen(), self.now);
+        self.step = Step::Probe;
+    }
+
+    fn read_locks(&mut self, world: &World, mutant: Mutant) {
+        self.see();
         match mutant {
             Mutant::LocksBeforeGap => self.gaps.read_locks(&self.earlier, self.now),
-            Mutant::ProbeBeforeLocks => self.view = (world.visible(), world.xmin()),
+            Mutant::ProbeBeforeLocks => self.view = (world.visible().clone(), world.xmin()),
             _ => self.gaps.read_locks(&world.holders(mutant), self.now),
         }
-        self.step = Step::Probe;
     }
 
     fn probe(&mut self, world: &World, mutant: Mutant) -> Result<(), Promise> {
@@ -280,8 +284,8 @@ impl Relay {
                 self.gaps.read_locks(&world.holders(mutant), self.now);
                 std::mem::take(&mut self.view)
             }
-            Mutant::BoundByXmax => (world.visible(), world.xmax()),
-            _ => (world.visible(), world.xmin()),
+            Mutant::BoundByXmax => (world.visible().clone(), world.xmax()),
+            _ => (world.visible().clone(), world.xmin()),
         };
         let unseen = self.unseen();
         let rows: Vec<Seq> = unseen.iter().filter(|place| visible.contains(*place)).take(self.page_rows).collect();
@@ -329,7 +333,9 @@ impl Relay {
     // ---- Checkpoints.
 
     fn has_news(&self) -> bool {
-        self.content() != self.stored || self.gaps.groups.iter().any(|group| group.bound.is_none())
+        let Stored { low, high, holes } = &self.stored;
+        let is_same = self.cursor.low() == *low && self.cursor.high() == *high && self.cursor.unseen() == holes;
+        !is_same || self.gaps.groups.iter().any(|group| group.bound.is_none())
     }
 
     fn content(&self) -> Stored {

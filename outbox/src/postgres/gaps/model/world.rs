@@ -35,6 +35,7 @@ pub(super) struct World {
     drawn: Seq,
     /// The places of each key in the order in which they were committed.
     committed: Vec<Vec<Seq>>,
+    visible: SeqSet,
 }
 
 impl World {
@@ -52,6 +53,7 @@ impl World {
             next_xid: 10,
             drawn: Seq::ZERO,
             committed: vec![Vec::new(); keys.iter().max().map_or(0, |max| max + 1)],
+            visible: SeqSet::new(),
         }
     }
 
@@ -111,6 +113,7 @@ impl World {
         (transaction.stage, transaction.commits) = (Stage::Ended, commits);
         if commits {
             self.committed[transaction.key].extend(transaction.place);
+            self.visible.extend(transaction.place);
         }
     }
 
@@ -136,8 +139,8 @@ impl World {
     }
 
     /// What a snapshot shows now.
-    pub(super) fn visible(&self) -> SeqSet {
-        self.committed.iter().flatten().copied().collect()
+    pub(super) fn visible(&self) -> &SeqSet {
+        &self.visible
     }
 
     /// Places up to this one whose transactions can still commit.
