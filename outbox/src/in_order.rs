@@ -134,6 +134,7 @@ mod tests {
         rows.iter().map(|row| row.seq.0).collect()
     }
 
+    /// Catches the mutants that pass a gap and that keep a dead one.
     #[test]
     fn a_gap_holds_up_what_is_behind_it_until_it_is_visible_or_dead() {
         let mut order = InOrder::behind(Seq(10));
@@ -188,8 +189,8 @@ mod tests {
 
     proptest! {
         /// A log whose places become visible or die in any order, read in pages and probes of any size: everything that
-        /// became visible is handed out once, ascending. Catches the mutants that hand out a row above a gap, that forget
-        /// a gap when rows are given up, and that go on behind a row they gave up.
+        /// became visible is handed out once, ascending. Catches the mutants that hand out a row above a gap, that keep a
+        /// dead gap, and that forget the gaps when rows are given up.
         #[test]
         fn everything_visible_is_handed_out_once_in_order(
             fates in proptest::collection::vec(any::<bool>(), 1..40),

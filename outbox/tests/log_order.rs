@@ -218,7 +218,7 @@ async fn a_role_that_may_only_read_reads_the_log() {
     database.run(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
 }
 
-/// What was removed is skipped, and what was not yet removed follows.
+/// What was removed is skipped, and what was not yet removed follows. Catches the mutant that keeps a dead gap.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 #[ignore = "needs PostgreSQL: cargo xtask test"]
 async fn removed_rows_are_skipped_on_postgresql() {
@@ -275,6 +275,7 @@ async fn a_log_on_sqlite_is_read_once_in_order() {
 }
 
 /// A reader that waits is told of a commit, and not only by the clock: twenty commits take less than a second each.
+/// Catches the mutant that only polls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_waiting_reader_hears_of_a_commit() {
     let shop = Shop::open().await;
@@ -314,7 +315,7 @@ async fn a_log_that_was_restored_is_told_and_one_that_was_pruned_goes_on() {
     assert!(error.to_string().contains("ends at 1 and was read up to 4"), "{error}");
 }
 
-/// A row that is no event is handed out as such, in its place.
+/// A row that is no event is handed out as such, in its place: whoever reads decides. A promise of the shape alone.
 #[tokio::test]
 async fn a_row_that_is_no_event_is_handed_out_in_its_place() {
     let shop = Shop::open().await;

@@ -261,11 +261,16 @@ fn every_interleaving<C: Client>(states_min: usize) {
     }
 }
 
+/// Catches these mutants of the code itself: a bound that is one too low, one that holds for gaps seen later, locks that
+/// count unread, no second round for prepared transactions, a cursor that passes or forgets what is unseen, also when it
+/// is restored.
 #[test]
 fn every_interleaving_keeps_every_promise_in_key_order() {
     every_interleaving::<Relay>(1_000);
 }
 
+/// Catches these mutants of the code itself: a row handed out above a gap, a dead gap that stays, locks that count unread,
+/// no second round for prepared transactions.
 #[test]
 fn every_interleaving_keeps_every_promise_in_log_order() {
     every_interleaving::<Reader>(1_000);
@@ -307,11 +312,13 @@ fn seeded_runs<C: Client>() {
     }
 }
 
+/// Catches a cursor that passes what is unseen, and one that forgets it.
 #[test]
 fn seeded_runs_keep_every_promise_in_key_order() {
     seeded_runs::<Relay>();
 }
 
+/// Catches a row handed out above a gap, a dead gap that stays, and locks that count unread.
 #[test]
 fn seeded_runs_keep_every_promise_in_log_order() {
     seeded_runs::<Reader>();
