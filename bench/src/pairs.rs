@@ -1,4 +1,4 @@
-//! Ratios from interleaved pairs.
+//! Ratios from interleaved pairs, and figures beside what is allowed.
 
 use serde::Serialize;
 
@@ -7,7 +7,7 @@ use serde::Serialize;
 pub(crate) struct Measured {
     id: &'static str,
     what: String,
-    /// Median of ours and of the twin, in `unit`.
+    /// Median of ours and of the twin, or of what is allowed, in `unit`.
     ours: f64,
     twin: f64,
     unit: &'static str,
@@ -25,6 +25,11 @@ pub(crate) struct Pairs(Vec<(f64, f64)>);
 impl Pairs {
     pub(crate) fn push(&mut self, ours: f64, twin: f64) {
         self.0.push((ours, twin));
+    }
+
+    /// Figures that should be at most `allowed`, which stands in the twin's place.
+    pub(crate) fn limit(allowed: f64, figures: impl IntoIterator<Item = f64>) -> Self {
+        Self(figures.into_iter().map(|figure| (figure, allowed)).collect())
     }
 
     /// The ratio of rates, which should be at least `target`.
@@ -69,20 +74,27 @@ impl Measured {
         }
         let Self { id, what, ours, twin, unit, ratio, spread: [low, high], target, met } = self;
         let verdict = if *met { "met" } else { "MISSED" };
+        let (ours, twin) = (figure(*ours), figure(*twin));
         println!(
-            "{id}  {ratio:.2} ({low:.2} to {high:.2}), target {target:.2}: {verdict}\n    {what}\n    ours {ours:.1}, twin {twin:.1} {unit}"
+            "{id}  {ratio:.2} ({low:.2} to {high:.2}), target {target:.2}: {verdict}\n    {what}\n    ours {ours}, twin {twin} {unit}"
         );
         Ok(())
     }
 }
 
-fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
+/// With as many digits as say something.
+fn figure(value: f64) -> String {
+    if value.abs() < 10.0 { format!("{value:.3}") } else { format!("{value:.1}") }
+}
+
+pub(crate) fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     values
 }
 
-fn median(sorted: &[f64]) -> f64 {
+/// Of values that are sorted.
+pub(crate) fn median(sorted: &[f64]) -> f64 {
     match sorted.len() {
         0 => f64::NAN,
         len if len % 2 == 1 => sorted[len / 2],
@@ -103,5 +115,7 @@ mod tests {
         let measured = pairs.at_least("R0", String::new(), "events/s", 0.75);
         assert_eq!((measured.ratio, measured.spread, measured.met), (0.8, [0.1, 0.9], true));
         assert_eq!(median(&[1.0, 3.0]), 2.0);
+        let measured = Pairs::limit(5.0, [4.0, 6.0, 2.0]).at_most("R0", String::new(), "s", 1.0);
+        assert_eq!((measured.ours, measured.ratio, measured.met), (4.0, 0.8, true));
     }
 }

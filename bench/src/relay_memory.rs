@@ -1,9 +1,12 @@
 //! R1: the relay into the in-memory bus without groups, against a plain paged SELECT with the same client into the same
 //! `Event`.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{Arc, LazyLock},
+    time::Instant,
+};
 
-use bus_core::{Event, EventBuilder, InMemoryBus, Seq};
+use bus_core::{Event, EventBuilder, EventBus, InMemoryBus, Seq};
 use outbox::{LogAdmin, LogSource, Outbox, OutboxConfig, PageLimit, Relay, RelayConfig, SqliteLog};
 use sqlx::{SqlitePool, sqlite::SqliteConnectOptions};
 
@@ -55,23 +58,32 @@ async fn fill(outbox: &Outbox, pool: &SqlitePool, events: usize) -> anyhow::Resu
 
 /// So many events, ten thousand at a time.
 pub(crate) fn batches(events: usize) -> impl Iterator<Item = impl Iterator<Item = EventBuilder>> {
-    let data = format!("{{\"filler\":\"{}\"}}", "x".repeat(DATA_BYTES - 13));
-    (0..events).step_by(10_000).map(move |first| {
-        let data = data.clone();
-        let event =
-            move |n| Event::builder("orders", "order.placed").key(format!("order-{}", n % KEYS)).data(data.clone());
-        (first..events.min(first + 10_000)).map(event)
-    })
+    (0..events).step_by(10_000).map(move |first| (first..events.min(first + 10_000)).map(event))
 }
 
-/// Events a second through the relay, from its start to its last checkpoint.
+/// An event with [`DATA_BYTES`] of data.
+pub(crate) fn event(n: usize) -> EventBuilder {
+    static DATA: LazyLock<String> = LazyLock::new(|| format!("{{\"filler\":\"{}\"}}", "x".repeat(DATA_BYTES - 13)));
+    Event::builder("orders", "order.placed").key(format!("order-{}", n % KEYS)).data(DATA.clone())
+}
+
+/// Events a second through the relay into the in-memory bus, from its start to its last checkpoint.
 pub(crate) async fn relay(outbox: &Outbox, events: usize) -> anyhow::Result<f64> {
-    let config = RelayConfig { allow_volatile: true, retention: None, ..RelayConfig::default() };
-    let mut relay = Relay::new(outbox.log(SINK).await?, Arc::new(InMemoryBus::new()), config)?;
+    relay_into(outbox.log(SINK).await?, Arc::new(InMemoryBus::new()), events).await
+}
+
+/// Events a second through the relay into this bus.
+pub(crate) async fn relay_into(log: Arc<dyn LogSource>, bus: Arc<dyn EventBus>, events: usize) -> anyhow::Result<f64> {
+    let mut relay = Relay::new(log, bus, config())?;
     let started = Instant::now();
     let summary = relay.run_once(std::future::pending()).await?;
     anyhow::ensure!(summary.counts.published == events as u64, "{summary:?}");
     Ok(events as f64 / started.elapsed().as_secs_f64())
+}
+
+/// The defaults, without a janitor.
+pub(crate) fn config() -> RelayConfig {
+    RelayConfig { allow_volatile: true, retention: None, ..RelayConfig::default() }
 }
 
 /// Events a second of the same SELECT into the same `Event`, page by page.

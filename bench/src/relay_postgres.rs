@@ -1,75 +1,14 @@
-//! The relay on PostgreSQL: R1 as on SQLite, R7 (write-ahead log of the relay per event) and R10 (throughput while another
-//! session holds a write transaction open).
-
-use outbox::{LogAdmin, Outbox, OutboxConfig, PostgresConfig, PostgresLog, Tables};
-use tokio_postgres::{Client, NoTls};
+//! The relay on PostgreSQL: R1 as on SQLite, and R10 (throughput while another session holds a write transaction open).
 
 use crate::{
     pairs::{Measured, Pairs},
-    relay_memory::{DATA_BYTES, SINK, batches, relay, select},
+    relay_memory::{DATA_BYTES, select},
+    road::{Road, connect, size, url},
 };
-
-/// A schema with so many events, on the server of `OUTBUS_TEST_POSTGRES_URL`.
-struct Road {
-    outbox: Outbox,
-    admin: PostgresLog,
-    client: Client,
-    schema: String,
-    events: usize,
-}
-
-impl Road {
-    async fn open(events: usize) -> anyhow::Result<Self> {
-        let url = std::env::var("OUTBUS_TEST_POSTGRES_URL")?;
-        let schema = format!("bench_{}", std::process::id());
-        let tables = Tables::new(&schema, outbox::EVENT_BYTES_MAX)?;
-        let config = PostgresConfig::from_url(&url)?;
-        let outbox =
-            Outbox::postgres(config.clone(), OutboxConfig { tables: tables.clone(), ..OutboxConfig::default() });
-        outbox.migrate().await?;
-        let mut client = connect(&url).await?;
-        for batch in batches(events) {
-            let mut transaction = client.transaction().await?;
-            outbox.append(&mut transaction, batch).await?;
-            transaction.commit().await?;
-        }
-        client.batch_execute(&format!("VACUUM ANALYZE {schema}.outbox")).await?;
-        client.batch_execute("CHECKPOINT").await?;
-        let admin = PostgresLog::open_admin(&config, tables).await?;
-        Ok(Self { outbox, admin, client, schema, events })
-    }
-
-    /// Events a second through the relay. Its successor begins with the oldest event again.
-    async fn drain(&self) -> anyhow::Result<f64> {
-        let rate = relay(&self.outbox, self.events).await?;
-        self.admin.remove_sink(SINK).await?;
-        Ok(rate)
-    }
-
-    /// Bytes of write-ahead log that the server has written so far.
-    async fn written(&self) -> anyhow::Result<f64> {
-        let sql = "SELECT pg_wal_lsn_diff(pg_current_wal_insert_lsn(), '0/0')::float8";
-        Ok(self.client.query_one(sql, &[]).await?.get(0))
-    }
-
-    async fn close(self) -> anyhow::Result<()> {
-        Ok(self.client.batch_execute(&format!("DROP SCHEMA {} CASCADE", self.schema)).await?)
-    }
-}
-
-async fn connect(url: &str) -> anyhow::Result<Client> {
-    let (client, connection) = tokio_postgres::connect(url, NoTls).await?;
-    tokio::spawn(connection);
-    Ok(client)
-}
-
-fn size(quick: bool) -> (usize, usize) {
-    if quick { (20_000, 3) } else { (300_000, 9) }
-}
 
 pub(crate) async fn throughput(quick: bool) -> anyhow::Result<Measured> {
     let (events, rounds) = size(quick);
-    let road = Road::open(events).await?;
+    let road = Road::filled(events).await?;
     let twin_log = road.outbox.log("twin").await?;
     let mut pairs = Pairs::default();
     for round in 0..=rounds {
@@ -86,25 +25,10 @@ pub(crate) async fn throughput(quick: bool) -> anyhow::Result<Measured> {
     Ok(pairs.at_least("R1-postgres", what, "events/s", 0.75))
 }
 
-pub(crate) async fn written(quick: bool) -> anyhow::Result<Measured> {
-    let (events, rounds) = size(quick);
-    let road = Road::open(events).await?;
-    let mut pairs = Pairs::default();
-    for _ in 0..rounds {
-        let before = road.written().await?;
-        relay(&road.outbox, events).await?;
-        pairs.push((road.written().await? - before) / events as f64, 1.0);
-        road.admin.remove_sink(SINK).await?;
-    }
-    road.close().await?;
-    let what = format!("PostgreSQL: bytes of write-ahead log per event, {events} events relayed, {rounds} rounds");
-    Ok(pairs.at_most("R7", what, "bytes", 1.0))
-}
-
 pub(crate) async fn beside_an_open_transaction(quick: bool) -> anyhow::Result<Measured> {
     let (events, rounds) = size(quick);
-    let road = Road::open(events).await?;
-    let mut other = connect(&std::env::var("OUTBUS_TEST_POSTGRES_URL")?).await?;
+    let road = Road::filled(events).await?;
+    let mut other = connect(&url()?).await?;
     let mut pairs = Pairs::default();
     for round in 0..=rounds {
         let without = road.drain().await?;

@@ -1,0 +1,166 @@
+//! R6 and R7: the write-ahead log that an event costs when it is appended, relayed and removed.
+
+use std::time::Duration;
+
+use outbox::Outbox;
+use tokio_postgres::Client;
+
+use crate::{
+    pairs::{Measured, Pairs},
+    relay_memory::{SINK, batches, event, relay},
+    road::{Road, connect, size, url},
+};
+
+/// What an append may write beyond data, key and topic, a relay per event, and a janitor.
+const APPEND_MAX: f64 = 170.0;
+const RELAY_MAX: f64 = 1.0;
+const JANITOR_MAX: f64 = 350.0;
+/// Rows a janitor removes in one transaction, as the relay's does.
+const PRUNE_ROWS_MAX: usize = 5_000;
+
+const BUSINESS: &str =
+    "CREATE TABLE {p}.item (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, version bigint NOT NULL)";
+/// Bytes of an event that are the service's own.
+const PAYLOAD: &str = "SELECT avg(octet_length(data) + octet_length(key) + octet_length(topic)) FROM {p}.outbox";
+const POSITION: &str = "SELECT pg_current_wal_insert_lsn() - '0/0'";
+const IMAGES: &str =
+    "SELECT coalesce(sum(fpi_size), 0) FROM pg_get_wal_stats('0/0'::pg_lsn + {from}, '0/0'::pg_lsn + {to})";
+
+/// Bytes of write-ahead log: records, and the whole pages among them, which are as many as checkpoints make them.
+struct Written {
+    records: f64,
+    images: f64,
+}
+
+/// What the server writes while `work` runs.
+async fn written(road: &Road, work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<Written> {
+    let from = road.number(POSITION).await?;
+    work.await?;
+    let to = road.number(POSITION).await?;
+    // What is looked at must be on the disk.
+    road.client.batch_execute("SELECT pg_logical_emit_message(true, 'bench', '')").await?;
+    let images = IMAGES.replace("{from}", &format!("{from:.0}")).replace("{to}", &format!("{to:.0}"));
+    let images = road.number(&images).await?;
+    Ok(Written { records: to - from - images, images })
+}
+
+async fn inspected(mut road: Road) -> anyhow::Result<Road> {
+    let sql = format!("CREATE EXTENSION IF NOT EXISTS pg_walinspect; {}", BUSINESS.replace("{p}", &road.schema));
+    road.client.batch_execute(&sql).await?;
+    // The pages that are written first after a checkpoint are written whole.
+    road.checkpoint().await?;
+    road.fill(1_000).await?;
+    Ok(road)
+}
+
+/// One event in a transaction of a business, beside the same transaction without it.
+pub(crate) async fn of_an_append(quick: bool) -> anyhow::Result<Measured> {
+    let (events, rounds) = if quick { (1_000, 3) } else { (10_000, 9) };
+    let road = inspected(Road::open().await?).await?;
+    let mut client = connect(&url()?).await?;
+    client.batch_execute("SET synchronous_commit = off").await?;
+    let insert = format!("INSERT INTO {}.item (version) VALUES (1)", road.schema);
+    let (mut figures, mut images) = (Vec::new(), 0.0);
+    for round in 0..=rounds {
+        let with = written(&road, transactions(&mut client, &insert, Some(&road.outbox), events)).await?;
+        let without = written(&road, transactions(&mut client, &insert, None, events)).await?;
+        if round > 0 {
+            let payload = road.number(&PAYLOAD.replace("{p}", &road.schema)).await?;
+            figures.push((with.records - without.records) / events as f64 - payload);
+            images += with.images / (events * rounds) as f64;
+        }
+    }
+    road.close().await?;
+    let what = format!(
+        "PostgreSQL: write-ahead log per event beyond data, key and topic, one event in a transaction, {events} events, \
+         {rounds} rounds; with pages written whole {images:.1} more"
+    );
+    Ok(Pairs::limit(APPEND_MAX, figures).at_most("R6", what, "bytes", 1.0))
+}
+
+async fn transactions(client: &mut Client, insert: &str, outbox: Option<&Outbox>, count: usize) -> anyhow::Result<()> {
+    let insert = client.prepare(insert).await?;
+    for n in 0..count {
+        let mut transaction = client.transaction().await?;
+        transaction.execute(&insert, &[]).await?;
+        if let Some(outbox) = outbox {
+            outbox.append(&mut transaction, [event(n)]).await?;
+        }
+        transaction.commit().await?;
+    }
+    Ok(())
+}
+
+/// Ten thousand events in a transaction.
+pub(crate) async fn of_a_batch(quick: bool) -> anyhow::Result<Measured> {
+    let (events, rounds) = if quick { (20_000, 3) } else { (100_000, 9) };
+    let road = inspected(Road::open().await?).await?;
+    let mut client = connect(&url()?).await?;
+    let (mut figures, mut images) = (Vec::new(), 0.0);
+    for _ in 0..rounds {
+        let fill = async {
+            for batch in batches(events) {
+                let mut transaction = client.transaction().await?;
+                road.outbox.append(&mut transaction, batch).await?;
+                transaction.commit().await?;
+            }
+            Ok(())
+        };
+        let all = written(&road, fill).await?;
+        let payload = road.number(&PAYLOAD.replace("{p}", &road.schema)).await?;
+        figures.push(all.records / events as f64 - payload);
+        images += all.images / (events * rounds) as f64;
+    }
+    road.close().await?;
+    let what = format!(
+        "PostgreSQL: write-ahead log per event beyond data, key and topic, 10,000 events in a transaction, {events} \
+         events, {rounds} rounds; with pages written whole {images:.1} more"
+    );
+    Ok(Pairs::limit(APPEND_MAX, figures).at_most("R6-batch", what, "bytes", 1.0))
+}
+
+pub(crate) async fn of_the_relay(quick: bool) -> anyhow::Result<Measured> {
+    let (events, rounds) = size(quick);
+    let road = Road::filled(events).await?;
+    let mut figures = Vec::new();
+    for _ in 0..rounds {
+        let before = road.number(POSITION).await?;
+        relay(&road.outbox, events).await?;
+        figures.push((road.number(POSITION).await? - before) / events as f64);
+        road.forget().await?;
+    }
+    road.close().await?;
+    let what = format!("PostgreSQL: write-ahead log per event, {events} events relayed, {rounds} rounds");
+    Ok(Pairs::limit(RELAY_MAX, figures).at_most("R7", what, "bytes", 1.0))
+}
+
+/// Removed long after they were appended: a checkpoint was in between, so each page is written whole once more.
+pub(crate) async fn of_the_janitor(quick: bool) -> anyhow::Result<Measured> {
+    let (events, rounds) = if quick { (20_000, 3) } else { (100_000, 5) };
+    let mut road = inspected(Road::open().await?).await?;
+    let (mut figures, mut images) = (Vec::new(), 0.0);
+    for _ in 0..rounds {
+        road.fill(events).await?;
+        let log = road.outbox.log(SINK).await?;
+        let mut relay = outbox::Relay::new(
+            std::sync::Arc::clone(&log),
+            crate::noting::NotingBus::silent(),
+            crate::relay_memory::config(),
+        )?;
+        relay.run_once(std::future::pending()).await?;
+        road.checkpoint().await?;
+        let prune = async {
+            while log.prune("bench", Duration::ZERO, PRUNE_ROWS_MAX).await?.more {}
+            Ok(())
+        };
+        let all = written(&road, prune).await?;
+        figures.push((all.records + all.images) / events as f64);
+        images += all.images / (events * rounds) as f64;
+    }
+    road.close().await?;
+    let what = format!(
+        "PostgreSQL: write-ahead log per event removed after a checkpoint, vacuum included, {events} events, {rounds} \
+         rounds; {images:.1} of it are pages written whole"
+    );
+    Ok(Pairs::limit(JANITOR_MAX, figures).at_most("R7-janitor", what, "bytes", 1.0))
+}
