@@ -1,11 +1,6 @@
 //! [`Wake`]: a nudge from those who append to those who relay, inside one process.
 
-use std::{
-    future::poll_fn,
-    pin::pin,
-    sync::Arc,
-    task::{Context, Poll},
-};
+use std::{future::pending, sync::Arc};
 
 use tokio::sync::watch;
 
@@ -38,8 +33,8 @@ impl Default for Wake {
     }
 }
 
-/// Listens for nudges.
-#[derive(Debug)]
+/// Listens for nudges. A clone has seen what this one has.
+#[derive(Clone, Debug)]
 pub struct Awakened(watch::Receiver<()>);
 
 impl Awakened {
@@ -49,13 +44,10 @@ impl Awakened {
     ///
     /// A dropped wait loses no nudge.
     pub async fn wait(&mut self) {
-        poll_fn(|context| if self.poll(context) { Poll::Ready(()) } else { Poll::Pending }).await;
-    }
-
-    /// Whether there was a nudge since the last one was seen; if not, `context` is woken by the next.
-    pub(crate) fn poll(&mut self, context: &mut Context<'_>) -> bool {
-        // A sender that is gone nudges nobody any more.
-        matches!(pin!(self.0.changed()).poll(context), Poll::Ready(Ok(())))
+        if self.0.changed().await.is_err() {
+            // A sender that is gone nudges nobody any more.
+            pending().await
+        }
     }
 }
 
@@ -73,5 +65,15 @@ mod tests {
         wake.wake();
         awakened.wait().await;
         assert!(tokio::time::timeout(Duration::from_millis(20), awakened.wait()).await.is_err(), "two are one");
+    }
+    /// Catches the mutant that asks for nudges and forgets who asked: it found them when something else woke it.
+    #[tokio::test]
+    async fn a_nudge_wakes_who_waits() {
+        let wake = Wake::new();
+        let mut awakened = wake.listen();
+        let waiting = tokio::spawn(async move { awakened.wait().await });
+        tokio::task::yield_now().await;
+        wake.wake();
+        tokio::time::timeout(Duration::from_secs(30), waiting).await.expect("it is woken").unwrap();
     }
 }

@@ -4,9 +4,9 @@
 
 use std::{
     convert::Infallible,
-    future::poll_fn,
+    future::{pending, poll_fn},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -104,22 +104,31 @@ pub(super) struct Listener {
 impl Listener {
     /// Waits for a notification since the last one that was waited for.
     pub(super) async fn wait(&self, config: &PostgresConfig, tables: &Tables) {
-        self.start(config, tables);
-        poll_fn(|context| {
-            let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-            let Some((receiver, _)) = heard.as_mut() else { return std::task::Poll::Pending };
-            std::pin::pin!(receiver.changed()).poll(context).map(|_| ())
-        })
-        .await;
+        let mut heard = self.start(config, tables);
+        if heard.changed().await.is_err() {
+            // The task is over; the next wait starts another.
+            return pending().await;
+        }
+        if let Some((receiver, _)) = self.heard().as_mut() {
+            receiver.mark_unchanged();
+        }
     }
 
-    fn start(&self, config: &PostgresConfig, tables: &Tables) {
-        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        if heard.as_ref().is_none_or(|(_, task)| task.is_finished()) {
-            let (sender, receiver) = watch::channel(());
-            let task = tokio::spawn(listen(config.clone(), tables.qualify(LISTEN), sender));
-            *heard = Some((receiver, task));
+    /// Hears the notifications that nobody has waited for.
+    fn start(&self, config: &PostgresConfig, tables: &Tables) -> watch::Receiver<()> {
+        let mut heard = self.heard();
+        match &*heard {
+            Some((receiver, task)) if !task.is_finished() => receiver.clone(),
+            _ => {
+                let (sender, receiver) = watch::channel(());
+                let task = tokio::spawn(listen(config.clone(), tables.qualify(LISTEN), sender));
+                heard.insert((receiver, task)).0.clone()
+            }
         }
+    }
+
+    fn heard(&self) -> MutexGuard<'_, Option<(watch::Receiver<()>, JoinHandle<Infallible>)>> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -162,4 +171,26 @@ pub(super) async fn begin(client: &Client, sql: &str) -> Result<(), LogError> {
     let none: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)] = &[];
     client.query_typed(sql, none).await.map_err(log_error)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Catches the mutant that asks for notifications and forgets who asked: they were found when something else woke it.
+    #[tokio::test]
+    async fn a_notification_wakes_who_waits() {
+        let (sender, receiver) = watch::channel(());
+        let listener = Arc::new(Listener::default());
+        *listener.heard() = Some((receiver, tokio::spawn(pending())));
+        let config = PostgresConfig::from_url("postgres://nobody@localhost/none").unwrap();
+        for _ in 0..2 {
+            let (listening, config) = (Arc::clone(&listener), config.clone());
+            let waiting = tokio::spawn(async move { listening.wait(&config, &Tables::default()).await });
+            tokio::task::yield_now().await;
+            assert!(!waiting.is_finished(), "one notification is waited for once");
+            sender.send_replace(());
+            tokio::time::timeout(Duration::from_secs(30), waiting).await.expect("it is woken").unwrap();
+        }
+    }
 }

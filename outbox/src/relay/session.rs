@@ -204,16 +204,20 @@ impl Session {
 
     /// Waits until another turn may have something to do.
     pub(super) async fn wait(&mut self) {
-        let log = Arc::clone(&self.log);
-        let mut timer = pin!(sleep_until(self.next_due().into()));
-        let mut changed = pin!(log.changed());
-        poll_fn(|context| {
-            let nudged = self.wake.poll(context) | changed.as_mut().poll(context).is_ready();
-            self.fetch_wanted |= nudged;
-            let woken = nudged | timer.as_mut().poll(context).is_ready() | self.poll(context);
-            if woken { Poll::Ready(()) } else { Poll::Pending }
-        })
-        .await;
+        let (log, mut wake) = (Arc::clone(&self.log), self.wake.clone());
+        {
+            let mut timer = pin!(sleep_until(self.next_due().into()));
+            // One future each for the whole wait: a future that is dropped wakes nobody.
+            let (mut changed, mut nudge) = (pin!(log.changed()), pin!(wake.wait()));
+            poll_fn(|context| {
+                let nudged = nudge.as_mut().poll(context).is_ready() | changed.as_mut().poll(context).is_ready();
+                self.fetch_wanted |= nudged;
+                let woken = nudged | timer.as_mut().poll(context).is_ready() | self.poll(context);
+                if woken { Poll::Ready(()) } else { Poll::Pending }
+            })
+            .await;
+        }
+        self.wake = wake;
     }
 
     fn next_due(&self) -> Instant {
