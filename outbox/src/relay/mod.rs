@@ -19,8 +19,9 @@ use session::{End, Session};
 pub const LEASE_MIN: Duration = Duration::from_millis(200);
 /// Longest lease, poll interval, drain and back-off: far above what makes sense, far below where clocks overflow.
 pub const SPAN_MAX: Duration = Duration::from_secs(24 * 3_600);
-/// Longest pause between two tries of a standby to become the owner.
-const STANDBY_PAUSE_MAX: Duration = Duration::from_millis(500);
+/// Longest pause between two tries of a standby to become the owner: after an orderly stop events wait no longer. A try is
+/// one look at one row.
+const STANDBY_PAUSE_MAX: Duration = Duration::from_millis(100);
 
 /// Settings of a relay.
 #[derive(Clone, Debug, PartialEq)]
