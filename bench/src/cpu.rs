@@ -5,9 +5,9 @@ use std::{sync::Arc, time::Duration};
 use crate::{
     child::ChildRelay,
     noting::NotingBus,
-    pairs::{Measured, Pairs},
+    pairs::{Measured, Pairs, median, sorted},
     process::{cpu, percent},
-    relay_memory::{SINK, relay_into},
+    relay_memory::{SINK, relay_into, select},
     road::{Road, size, warm},
 };
 
@@ -20,23 +20,30 @@ const IDLE_MAX: f64 = 1.0;
 pub(crate) async fn of_the_database(quick: bool) -> anyhow::Result<Measured> {
     let (events, rounds) = size(quick);
     let road = Road::filled(events).await?;
-    let mut figures = Vec::new();
+    let (mut figures, mut plain) = (Vec::new(), Vec::new());
     for round in 0..=rounds {
-        // Another name each time: a connection that was closed may still end.
-        let name = format!("{}_{round}", road.schema);
-        let log = road.named(&name)?.log(SINK).await?;
+        // Other names each time: a connection that was closed may still end.
+        let (name, twin) = (format!("{}_{round}", road.schema), format!("{}_{round}_twin", road.schema));
+        let (log, twin_log) = (road.named(&name)?.log(SINK).await?, road.named(&twin)?.log("twin").await?);
         warm(&*log).await?;
         let before = road.backends(&name).await?;
         relay_into(Arc::clone(&log), NotingBus::silent(), events).await?;
         let taken = road.backends(&name).await?.since(&before);
-        drop(log);
         road.forget().await?;
+        let before = road.backends(&twin).await?;
+        select(&*twin_log, events).await?;
+        let plain_taken = road.backends(&twin).await?.since(&before);
         if round > 0 {
             figures.push(taken.as_secs_f64() * 1e6 / events as f64);
+            plain.push(plain_taken.as_secs_f64() * 1e6 / events as f64);
         }
     }
     road.close().await?;
-    let what = format!("PostgreSQL: time of the relay's backends per event, {events} events drained, {rounds} rounds");
+    let plain = median(&sorted(plain.into_iter()));
+    let what = format!(
+        "PostgreSQL: time of the relay's backends per event, {events} events drained, {rounds} rounds; a paged SELECT of \
+         the same columns alone takes {plain:.2} us"
+    );
     Ok(Pairs::limit(DATABASE_MAX, figures).at_most("R8", what, "us", 1.0))
 }
 

@@ -54,3 +54,28 @@ fn one_way(mut from: TcpStream, mut to: TcpStream, delay: Duration) {
         let _gone = to.shutdown(std::net::Shutdown::Write);
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_sent_arrives_whole_and_so_does_the_end() {
+        let server = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = delayed(server.local_addr().unwrap(), Duration::from_millis(1)).unwrap();
+        let echo = thread::spawn(move || {
+            let (mut client, _) = server.accept().unwrap();
+            let mut received = Vec::new();
+            client.read_to_end(&mut received).unwrap();
+            client.write_all(&received).unwrap();
+        });
+        let mut client = TcpStream::connect(address).unwrap();
+        let sent: Vec<u8> = (0..=u8::MAX).cycle().take(300_000).collect();
+        client.write_all(&sent).unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut received = Vec::new();
+        client.read_to_end(&mut received).unwrap();
+        assert!(received == sent);
+        echo.join().unwrap();
+    }
+}

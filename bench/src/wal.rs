@@ -1,13 +1,14 @@
 //! R6 and R7: the write-ahead log that an event costs when it is appended, relayed and removed.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use outbox::Outbox;
 use tokio_postgres::Client;
 
 use crate::{
+    noting::NotingBus,
     pairs::{Measured, Pairs},
-    relay_memory::{SINK, batches, event, relay},
+    relay_memory::{SINK, batches, event, relay, relay_into},
     road::{Road, connect, size, url},
 };
 
@@ -20,8 +21,10 @@ const PRUNE_ROWS_MAX: usize = 5_000;
 
 const BUSINESS: &str =
     "CREATE TABLE {p}.item (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, version bigint NOT NULL)";
-/// Bytes of an event that are the service's own.
+/// Bytes of an event that are its payload, and of its other texts.
 const PAYLOAD: &str = "SELECT avg(octet_length(data) + octet_length(key) + octet_length(topic)) FROM {p}.outbox";
+const TEXTS: &str = "SELECT avg(octet_length(id) + octet_length(type) + octet_length(source) \
+     + octet_length(content_type)) FROM {p}.outbox";
 const POSITION: &str = "SELECT pg_current_wal_insert_lsn() - '0/0'";
 const IMAGES: &str =
     "SELECT coalesce(sum(fpi_size), 0) FROM pg_get_wal_stats('0/0'::pg_lsn + {from}, '0/0'::pg_lsn + {to})";
@@ -44,10 +47,45 @@ async fn written(road: &Road, work: impl Future<Output = anyhow::Result<()>>) ->
     Ok(Written { records: to - from - images, images })
 }
 
-async fn inspected(mut road: Road) -> anyhow::Result<Road> {
+/// What appends wrote beyond their payload, round by round.
+#[derive(Default)]
+struct Beyond {
+    figures: Vec<f64>,
+    images: f64,
+}
+
+impl Beyond {
+    async fn push(&mut self, road: &Road, records: f64, images: f64, events: usize) -> anyhow::Result<()> {
+        let payload = road.number(&PAYLOAD.replace("{p}", &road.schema)).await?;
+        self.figures.push(records / events as f64 - payload);
+        self.images += images / events as f64;
+        Ok(())
+    }
+
+    async fn measured(self, road: Road, id: &'static str, what: &str) -> anyhow::Result<Measured> {
+        let texts = road.number(&TEXTS.replace("{p}", &road.schema)).await?;
+        road.close().await?;
+        let rounds = self.figures.len();
+        let images = self.images / rounds as f64;
+        let what = format!(
+            "PostgreSQL: write-ahead log per event beyond data, key and topic, {what}, {rounds} rounds; {texts:.0} of it \
+             are id, type, source and content type; pages written whole add {images:.1}"
+        );
+        Ok(Pairs::limit(APPEND_MAX, self.figures).at_most(id, what, "bytes", 1.0))
+    }
+}
+
+/// A road whose log of the server can be looked into.
+async fn inspected() -> anyhow::Result<Road> {
+    let road = Road::open().await?;
     let sql = format!("CREATE EXTENSION IF NOT EXISTS pg_walinspect; {}", BUSINESS.replace("{p}", &road.schema));
     road.client.batch_execute(&sql).await?;
-    // The pages that are written first after a checkpoint are written whole.
+    Ok(road)
+}
+
+/// The same, where pages have been written whole already: those that are written first after a checkpoint.
+async fn warmed() -> anyhow::Result<Road> {
+    let mut road = inspected().await?;
     road.checkpoint().await?;
     road.fill(1_000).await?;
     Ok(road)
@@ -55,27 +93,20 @@ async fn inspected(mut road: Road) -> anyhow::Result<Road> {
 
 /// One event in a transaction of a business, beside the same transaction without it.
 pub(crate) async fn of_an_append(quick: bool) -> anyhow::Result<Measured> {
-    let (events, rounds) = if quick { (1_000, 3) } else { (10_000, 9) };
-    let road = inspected(Road::open().await?).await?;
+    let (events, rounds) = if quick { (1_000, 3) } else { (5_000, 5) };
+    let road = warmed().await?;
     let mut client = connect(&url()?).await?;
     client.batch_execute("SET synchronous_commit = off").await?;
     let insert = format!("INSERT INTO {}.item (version) VALUES (1)", road.schema);
-    let (mut figures, mut images) = (Vec::new(), 0.0);
+    let mut beyond = Beyond::default();
     for round in 0..=rounds {
         let with = written(&road, transactions(&mut client, &insert, Some(&road.outbox), events)).await?;
         let without = written(&road, transactions(&mut client, &insert, None, events)).await?;
         if round > 0 {
-            let payload = road.number(&PAYLOAD.replace("{p}", &road.schema)).await?;
-            figures.push((with.records - without.records) / events as f64 - payload);
-            images += with.images / (events * rounds) as f64;
+            beyond.push(&road, with.records - without.records, with.images, events).await?;
         }
     }
-    road.close().await?;
-    let what = format!(
-        "PostgreSQL: write-ahead log per event beyond data, key and topic, one event in a transaction, {events} events, \
-         {rounds} rounds; with pages written whole {images:.1} more"
-    );
-    Ok(Pairs::limit(APPEND_MAX, figures).at_most("R6", what, "bytes", 1.0))
+    beyond.measured(road, "R6", &format!("one event in a transaction, {events} events")).await
 }
 
 async fn transactions(client: &mut Client, insert: &str, outbox: Option<&Outbox>, count: usize) -> anyhow::Result<()> {
@@ -93,10 +124,10 @@ async fn transactions(client: &mut Client, insert: &str, outbox: Option<&Outbox>
 
 /// Ten thousand events in a transaction.
 pub(crate) async fn of_a_batch(quick: bool) -> anyhow::Result<Measured> {
-    let (events, rounds) = if quick { (20_000, 3) } else { (100_000, 9) };
-    let road = inspected(Road::open().await?).await?;
+    let (events, rounds) = if quick { (20_000, 3) } else { (100_000, 5) };
+    let road = warmed().await?;
     let mut client = connect(&url()?).await?;
-    let (mut figures, mut images) = (Vec::new(), 0.0);
+    let mut beyond = Beyond::default();
     for _ in 0..rounds {
         let fill = async {
             for batch in batches(events) {
@@ -107,16 +138,9 @@ pub(crate) async fn of_a_batch(quick: bool) -> anyhow::Result<Measured> {
             Ok(())
         };
         let all = written(&road, fill).await?;
-        let payload = road.number(&PAYLOAD.replace("{p}", &road.schema)).await?;
-        figures.push(all.records / events as f64 - payload);
-        images += all.images / (events * rounds) as f64;
+        beyond.push(&road, all.records, all.images, events).await?;
     }
-    road.close().await?;
-    let what = format!(
-        "PostgreSQL: write-ahead log per event beyond data, key and topic, 10,000 events in a transaction, {events} \
-         events, {rounds} rounds; with pages written whole {images:.1} more"
-    );
-    Ok(Pairs::limit(APPEND_MAX, figures).at_most("R6-batch", what, "bytes", 1.0))
+    beyond.measured(road, "R6-batch", &format!("10,000 events in a transaction, {events} events")).await
 }
 
 pub(crate) async fn of_the_relay(quick: bool) -> anyhow::Result<Measured> {
@@ -137,17 +161,12 @@ pub(crate) async fn of_the_relay(quick: bool) -> anyhow::Result<Measured> {
 /// Removed long after they were appended: a checkpoint was in between, so each page is written whole once more.
 pub(crate) async fn of_the_janitor(quick: bool) -> anyhow::Result<Measured> {
     let (events, rounds) = if quick { (20_000, 3) } else { (100_000, 5) };
-    let mut road = inspected(Road::open().await?).await?;
+    let mut road = inspected().await?;
     let (mut figures, mut images) = (Vec::new(), 0.0);
     for _ in 0..rounds {
         road.fill(events).await?;
         let log = road.outbox.log(SINK).await?;
-        let mut relay = outbox::Relay::new(
-            std::sync::Arc::clone(&log),
-            crate::noting::NotingBus::silent(),
-            crate::relay_memory::config(),
-        )?;
-        relay.run_once(std::future::pending()).await?;
+        relay_into(Arc::clone(&log), NotingBus::silent(), events).await?;
         road.checkpoint().await?;
         let prune = async {
             while log.prune("bench", Duration::ZERO, PRUNE_ROWS_MAX).await?.more {}
