@@ -11,25 +11,17 @@ const NEEDS_ROOT: &str = "a_full_disk_is_said_so_and_heals";
 pub(crate) const POSTGRES_VERSIONS: [u32; 4] = [14, 16, 17, 18];
 
 /// The test targets that meet PostgreSQL.
-const POSTGRES_TESTS: [&str; 5] = ["append_postgres", "conformance_postgres", "postgres", "failpoints", "kills"];
+const POSTGRES_TESTS: [&str; 6] =
+    ["append_postgres", "conformance_postgres", "postgres", "log_order", "failpoints", "kills"];
 
 /// Runs the tests of PostgreSQL against other versions of it.
 pub(crate) fn postgres(versions: &[u32]) -> Result<()> {
     let versions = if versions.is_empty() { &POSTGRES_VERSIONS } else { versions };
     for version in versions {
         let server = services::start_postgres(*version)?;
-        let test = [
-            "test",
-            "-p",
-            "outbox",
-            "-p",
-            "outbus",
-            "--all-features",
-            "--tests",
-            "--",
-            "--include-ignored",
-            "postgres",
-        ];
+        let mut test = vec!["test", "-p", "outbox", "-p", "outbus", "--all-features"];
+        test.extend(POSTGRES_TESTS.iter().flat_map(|name| ["--test", name]));
+        test.extend(["--", "--include-ignored"]);
         shell::run("cargo", &test, &server.environment())?;
         println!("PostgreSQL {version}: passed");
     }
