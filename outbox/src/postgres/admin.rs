@@ -40,6 +40,8 @@ const LEASED: &str = "SELECT owner IS NOT NULL AND lease_until > clock_timestamp
 /// Fences an owner whose lease is over, so that it cannot bring back what is discarded here.
 const FENCE: &str = "UPDATE {p}cursor SET epoch = epoch + 1, owner = NULL, lease_until = '-infinity' \
      WHERE log = $1 AND sink = $2";
+/// The locks are taken in the order of a relay that begins: the log's row, then the sink's.
+const LOCK_LOG: &str = "SELECT 1 FROM {p}log WHERE name = $1 FOR UPDATE";
 const REMOVE_SINK: [&str; 4] = [
     // A sink that comes back under this name begins above the epochs there were: an owner that slept wakes up fenced.
     "UPDATE {p}log SET epoch_floor = greatest(epoch_floor, \
@@ -207,6 +209,8 @@ impl PostgresLog {
 
     async fn delete_sink(&self, client: &mut Client, sink: &str) -> Result<(), LogError> {
         let transaction = begin(client).await?;
+        let lock = self.tables.qualify(LOCK_LOG);
+        transaction.query_typed_opt(&lock, &[(&LOG, Type::TEXT)]).await.map_err(log_error)?;
         check_removable(sink, self.is_leased(&transaction, sink).await?)?;
         for statement in REMOVE_SINK {
             let of_sink: [Parameter<'_>; 2] = [(&LOG, Type::TEXT), (&sink, Type::TEXT)];
