@@ -80,7 +80,14 @@ pub(super) fn classify_code(code: &str, text: &str) -> (LogErrorKind, Cow<'stati
         return (Denied, with("check user and password of the URL"));
     }
     if *code == SqlState::TOO_MANY_CONNECTIONS {
-        return (Unavailable, with("raise max_connections, or use a pooler"));
+        return (
+            Unavailable,
+            with("raise max_connections (or the connection limit of the role or database), or use a pooler"),
+        );
+    }
+    // As when the connection broke: we slept in the middle of a transaction.
+    if *code == SqlState::IDLE_IN_TRANSACTION_SESSION_TIMEOUT {
+        return (Unavailable, text.to_owned().into());
     }
     if *code == SqlState::CHECK_VIOLATION {
         return (Invalid, with("the table refuses the event"));
@@ -89,5 +96,22 @@ pub(super) fn classify_code(code: &str, text: &str) -> (LogErrorKind, Cow<'stati
         // Connection, transaction rolled back, resources, not in the right state, operator, system.
         "08" | "40" | "53" | "55" | "57" | "58" => (Unavailable, text.to_owned().into()),
         _ => (Invalid, format!("PostgreSQL refuses the statement: {text} ({})", code.code()).into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What heals by itself, or by somebody's work at the server, must not end a relay.
+    #[test]
+    fn what_may_heal_is_told_from_what_may_not() {
+        for code in ["08006", "25006", "25P03", "40001", "40P01", "53300", "55P03", "57P01", "57P02", "57P03", "58030"]
+        {
+            assert_eq!(classify_code(code, "").0, LogErrorKind::Unavailable, "{code}");
+        }
+        for code in ["0A000", "22P02", "25001", "42601"] {
+            assert_eq!(classify_code(code, "").0, LogErrorKind::Invalid, "{code}");
+        }
     }
 }

@@ -53,6 +53,9 @@ const LOCKED: &str = "locktype = 'relation' \
      AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) \
      AND relation = '{p}outbox'::regclass AND mode = 'RowExclusiveLock' AND granted";
 
+/// The server's timeline, which a promotion changes.
+const TIMELINE: &str = "substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)";
+
 /// How long a statement may take before its connection counts as broken.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -66,6 +69,8 @@ pub struct PostgresLog {
     writer: Slot,
     janitor: Slot,
     gaps: StdMutex<Gaps>,
+    /// The server's timeline when the log was taken; empty before.
+    timeline: StdMutex<String>,
     listener: Listener,
     watcher: Slot,
     /// The highest place that was drawn when somebody looked last.
@@ -88,6 +93,7 @@ impl PostgresLog {
             writer: slot(),
             janitor: slot(),
             gaps: StdMutex::default(),
+            timeline: StdMutex::default(),
             listener: Listener::default(),
             watcher: slot(),
             seen_last: AtomicU64::new(u64::MAX),

@@ -7,7 +7,7 @@ use tokio_postgres::{Client, IsolationLevel, Row, Transaction, types::Type};
 use uuid::Uuid;
 
 use super::{
-    Parameter, Tables, column, log_error,
+    Parameter, TIMELINE, Tables, column, log_error,
     values::{Micros, like, multirange, parse_multirange},
 };
 use crate::{
@@ -18,8 +18,10 @@ use crate::{
     rows::{LOG, damaged, fenced, json, parse, signed},
 };
 
-/// Longest wait for another who writes the same row.
-const LOCK_TIMEOUT: &str = "SELECT set_config('lock_timeout', '5s', true)";
+/// Longest wait for another who writes the same row; and for ourselves: an owner that freezes within a transaction, or
+/// whose machine is gone, must not keep the others from taking over.
+const TIMEOUTS: &str = "SELECT set_config('lock_timeout', '5s', true), \
+     set_config('idle_in_transaction_session_timeout', '5s', true)";
 /// Whoever registers a sink or removes rows holds this row: a sink never begins at a row that is just going.
 const LOG_ROW: &str = "SELECT log_id, epoch_floor FROM {p}log WHERE name = $1 FOR UPDATE";
 const LEASED: &str = "SELECT owner, extract(epoch FROM lease_until - clock_timestamp())::float8 FROM {p}cursor \
@@ -28,8 +30,7 @@ const CURSOR_ROW: &str = "SELECT low, high, high_id, holes::text, sink_pos::text
      history FROM {p}cursor WHERE log = $1 AND sink = $2 FOR UPDATE";
 const SEQUENCE: &str = "SELECT CASE WHEN is_called THEN last_value ELSE 0 END FROM {p}outbox_seq";
 /// The server's identity and its timeline: another one after a restore or a failover.
-const HISTORY: &str = "SELECT system_identifier::text || '/' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) \
-     FROM pg_control_system()";
+const HISTORY: &str = "SELECT system_identifier::text || '/' || {timeline} FROM pg_control_system()";
 const LOWEST: &str = "SELECT coalesce(min(low), 0) FROM {p}cursor WHERE log = $1";
 const ID_AT: &str = "SELECT id FROM {p}outbox WHERE seq = $1";
 const REGISTER: &str = "INSERT INTO {p}cursor (log, sink, low, high, topics, incarnation) \
@@ -42,14 +43,17 @@ const UNCLAIMED: &str = "SELECT seq FROM {p}outbox WHERE seq <= $1 AND topic LIK
      AND NOT (topic LIKE ANY ($3::text[])) ORDER BY seq LIMIT $4";
 const PARKED: &str = "SELECT topic, key, min(seq) FROM {p}dead_letter \
      WHERE log = $1 AND sink = $2 AND parked AND key IS NOT NULL GROUP BY topic, key";
-/// Only the current epoch moves the cursor: a row that is not updated means that another owner came. `$11` is whether
-/// the commit waits for the disk; joined, so that it holds for this transaction, behind a pooler too.
+/// Only the current epoch moves the cursor: a row that is not updated means that another owner came. Nor is it moved on
+/// another timeline than it was taken on: after a failover that lost something, places are drawn again that this owner has
+/// settled. `$11` is whether the commit waits for the disk; joined, so that it holds for this transaction, behind a pooler
+/// too.
 const CHECKPOINT: &str = "UPDATE {p}cursor SET low = $3, \
      high_id = CASE WHEN high = $4 THEN coalesce($5, high_id) ELSE $5 END, high = $4, \
      holes = $6::text::int8multirange, sink_pos = $7::text::jsonb, blocked = $8::text::jsonb, \
      lease_until = clock_timestamp() + make_interval(secs => $9) \
      FROM (SELECT set_config('synchronous_commit', $11, true)) mode \
-     WHERE log = $1 AND sink = $2 AND epoch = $10 RETURNING pg_current_xact_id()::text";
+     WHERE log = $1 AND sink = $2 AND epoch = $10 AND right(history, 8) = {timeline} \
+     RETURNING pg_current_xact_id()::text";
 const RELEASE: &str =
     "UPDATE {p}cursor SET lease_until = '-infinity', owner = NULL WHERE log = $1 AND sink = $2 AND epoch = $3";
 const SET_ASIDE: &str = "INSERT INTO {p}dead_letter (log, sink, seq, state, parked, reason, error, attempts, \
@@ -101,24 +105,26 @@ struct Cursor {
 
 impl Owner<'_> {
     async fn begin(&mut self) -> Result<Transaction<'_>, LogError> {
-        let begin = self.client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).read_only(false);
+        // A standby refuses to begin one that is to write with a code that says nothing: it is told by the first write.
+        let begin = self.client.build_transaction().isolation_level(IsolationLevel::ReadCommitted);
         let transaction = begin.start().await.map_err(log_error)?;
-        transaction.query_typed(LOCK_TIMEOUT, &[]).await.map_err(log_error)?;
+        transaction.query_typed(TIMEOUTS, &[]).await.map_err(log_error)?;
         Ok(transaction)
     }
 
-    pub(super) async fn acquire(&mut self, request: &Acquire) -> Result<Acquisition, LogError> {
+    /// Answers the server's timeline too, where it took the log.
+    pub(super) async fn acquire(&mut self, request: &Acquire) -> Result<(Acquisition, Option<String>), LogError> {
         let (tables, sink) = (self.tables, self.sink);
         // A standby asks often: it locks nothing while somebody else owns the log.
         if let Some(standby) = leased(self.client, tables, sink).await? {
-            return Ok(standby);
+            return Ok((standby, None));
         }
         let transaction = self.begin().await?;
         let client = transaction.client();
         let (log_id, epoch_floor) = log_row(client, tables).await?;
         let found = cursor_row(client, tables, sink).await?;
         if let Some(standby) = leased(client, tables, sink).await?.filter(|_| !mutant("lease-read-once")) {
-            return Ok(standby);
+            return Ok((standby, None));
         }
         let topics: Vec<String> = request.topics.iter().map(TopicPattern::to_string).collect();
         let mut cursor = match found {
@@ -152,7 +158,8 @@ impl Owner<'_> {
         let parked = parked_keys(client, tables, sink).await?;
         failpoint("in-acquire");
         transaction.commit().await.map_err(log_error)?;
-        Ok(Acquisition::Owned(Box::new(Owned {
+        let timeline = cursor.history.rsplit_once('/').map(|(_, timeline)| timeline.to_owned());
+        let owned = Owned {
             lease: Lease { epoch, ttl: request.ttl },
             log_id,
             incarnation: cursor.incarnation.into(),
@@ -162,7 +169,8 @@ impl Owner<'_> {
             position: cursor.position,
             parked,
             previous_bus: cursor.bus.filter(|bus| *bus != request.bus),
-        })))
+        };
+        Ok((Acquisition::Owned(Box::new(owned)), timeline))
     }
 
     /// Answers the number of the transaction that did it.
@@ -365,7 +373,7 @@ fn wanted_topics(sinks: &[Row]) -> Result<Vec<String>, LogError> {
 /// its highest place is another one. What the broker remembers of them is not believed then. Where the cursor was not
 /// restored together with its log, nobody knows since when the places differ: it begins anew with what is there.
 async fn check_history(client: &Client, tables: &Tables, cursor: &mut Cursor) -> Result<bool, LogError> {
-    let row = client.query_typed_one(HISTORY, &[]).await.map_err(log_error)?;
+    let row = client.query_typed_one(&HISTORY.replace("{timeline}", TIMELINE), &[]).await.map_err(log_error)?;
     let history: String = column(&row, 0)?;
     let is_elsewhere = !cursor.history.is_empty() && cursor.history != history;
     cursor.history = history;
@@ -411,11 +419,13 @@ async fn checkpoint(
         (&signed(lease.epoch), Type::INT8),
         (&if change.durable { "on" } else { "off" }, Type::TEXT),
     ];
-    let sql = match mutant("stale-epoch-writes") {
-        false => tables.qualify(CHECKPOINT),
-        true => tables.qualify(&CHECKPOINT.replace("epoch = $10", "epoch >= $10")),
+    let sql = CHECKPOINT.replace("{timeline}", TIMELINE);
+    let sql = match (mutant("stale-epoch-writes"), mutant("bound-by-xmax")) {
+        (true, _) => sql.replace("epoch = $10", "epoch >= $10"),
+        (_, true) => sql.replace("pg_current_xact_id()", "pg_snapshot_xmax(pg_current_snapshot())"),
+        _ => sql,
     };
-    let row = client.query_typed_opt(&sql, &parameters).await.map_err(log_error)?;
+    let row = client.query_typed_opt(&tables.qualify(&sql), &parameters).await.map_err(log_error)?;
     let row = row.ok_or_else(|| fenced(lease))?;
     column::<&str>(&row, 0)?.parse().map_err(|error| damaged("xid", error))
 }

@@ -2,20 +2,17 @@
 
 use std::{
     collections::BTreeSet,
-    sync::atomic::Ordering,
+    sync::{PoisonError, atomic::Ordering},
     time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
 use bus_core::{Seq, SeqSet, failpoint};
 use futures_util::TryStreamExt;
-use tokio_postgres::{
-    Client,
-    types::{ToSql, Type},
-};
+use tokio_postgres::{Client, types::Type};
 
 use super::{
-    LOCKED, PostgresLog, column,
+    LOCKED, Parameter, PostgresLog, TIMELINE, column,
     gaps::Holder,
     log_error,
     owner::{Owner, drawn},
@@ -38,11 +35,14 @@ const VACUUM: &str = "VACUUM (SKIP_LOCKED, TRUNCATE false) {p}outbox";
 /// Fewest rows to ask for, however large the last ones were.
 const ROWS_MIN: usize = 16;
 
-const FETCH: &str = "SELECT {columns} FROM {p}outbox WHERE seq > $1 ORDER BY seq LIMIT $2";
+const FETCH: &str = "SELECT {columns} FROM {p}outbox WHERE seq > $1 AND {same} ORDER BY seq LIMIT $2";
 /// Range by range by the index, and everything in one view of the database.
 const READ: &str = "SELECT {columns} FROM unnest($1::text::int8multirange) AS wanted (places) CROSS JOIN LATERAL \
      (SELECT * FROM {p}outbox WHERE seq >= lower(places) AND seq < upper(places) ORDER BY seq LIMIT $2) found \
-     ORDER BY seq LIMIT $2";
+     WHERE {same} ORDER BY seq LIMIT $2";
+/// Nothing is read on another timeline than the log was taken on: places may have been drawn again there, and an event at
+/// a later one would overtake them. The next checkpoint or renewal tells the owner. Looked at once in a statement.
+const SAME_TIMELINE: &str = "($3 = '' OR $3 = (SELECT {timeline}))";
 /// With the oldest transaction that was not over in that view; one row without a place where nothing is visible.
 const PROBE: &str = "SELECT found.*, pg_snapshot_xmin(pg_current_snapshot())::text FROM (SELECT 1) once \
      LEFT JOIN ({read}) found ON true";
@@ -62,7 +62,7 @@ impl LogSource for PostgresLog {
 
     async fn fetch(&self, after: Seq, limit: PageLimit) -> Result<Page, LogError> {
         let mut held = self.reader.lock().await?;
-        let sql = self.tables.qualify(&FETCH.replace("{columns}", COLUMNS));
+        let sql = self.reading(FETCH);
         let after = signed(after.0);
         let rows = timely(self.read_rows(held.get(), &sql, (&after, Type::INT8), limit)).await;
         // Writers draw places side by side: what is missing may become visible yet.
@@ -77,7 +77,7 @@ impl LogSource for PostgresLog {
 
     async fn read(&self, seqs: &SeqSet, limit: PageLimit) -> Result<ReadRows, LogError> {
         let mut held = self.reader.lock().await?;
-        let sql = self.tables.qualify(&READ.replace("{columns}", COLUMNS));
+        let sql = self.reading(READ);
         let found = timely(self.read_rows(held.get(), &sql, (&multirange(seqs), Type::TEXT), limit)).await;
         let found = held.check(found)?;
         let through = found.through(seqs);
@@ -178,7 +178,22 @@ impl PostgresLog {
         let delay = client.query_typed_one(WRITE_DELAY, &[]).await.map_err(log_error)?;
         let micros = Duration::from_secs_f64(column::<f64>(&delay, 0)?.clamp(0.0, 60.0)).as_micros();
         self.write_delay.store(u64::try_from(micros).unwrap_or(u64::MAX), Ordering::Relaxed);
-        self.owner(client).acquire(request).await
+        let (acquired, timeline) = self.owner(client).acquire(request).await?;
+        if let Some(timeline) = timeline {
+            *self.timeline.lock().unwrap_or_else(PoisonError::into_inner) = timeline;
+        }
+        Ok(acquired)
+    }
+
+    /// The timeline on which the log was taken last; empty if it never was.
+    fn timeline(&self) -> String {
+        self.timeline.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// A statement that reads events.
+    fn reading(&self, sql: &str) -> String {
+        let same = SAME_TIMELINE.replace("{timeline}", TIMELINE);
+        self.tables.qualify(&sql.replace("{columns}", COLUMNS).replace("{same}", &same))
     }
 
     /// Looks now and then, ever less often, whether a place was drawn since somebody looked last.
@@ -217,12 +232,13 @@ impl PostgresLog {
         &self,
         client: &Client,
         sql: &str,
-        first: (&(dyn ToSql + Sync), Type),
+        first: Parameter<'_>,
         limit: PageLimit,
     ) -> Result<Found, LogError> {
         let max = self.rows_max(limit);
         let count = i64::try_from(max).unwrap_or(i64::MAX);
-        let parameters: [(&(dyn ToSql + Sync), Type); 2] = [first, (&count, Type::INT8)];
+        let timeline = self.timeline();
+        let parameters: [Parameter<'_>; 3] = [first, (&count, Type::INT8), (&timeline, Type::TEXT)];
         let mut stream = std::pin::pin!(client.query_typed_raw(sql, parameters).await.map_err(log_error)?);
         let (mut rows, mut decoder, mut bytes) = (Vec::new(), Decoder::default(), 0);
         let mut is_cut = false;
@@ -249,12 +265,12 @@ impl PostgresLog {
             let holders = lock_holders(client, &sql).await?;
             self.gaps().read_locks(&holders, Instant::now());
         }
-        let read = READ.replace("{columns}", COLUMNS);
-        let sql = self.tables.qualify(&PROBE.replace("{read}", &read));
+        let sql = self.reading(&PROBE.replace("{read}", READ));
         let max = self.rows_max(limit);
         let (places, count) = (multirange(unseen), i64::try_from(max).unwrap_or(i64::MAX));
-        let found =
-            client.query_typed(&sql, &[(&places, Type::TEXT), (&count, Type::INT8)]).await.map_err(log_error)?;
+        let timeline = self.timeline();
+        let parameters: [Parameter<'_>; 3] = [(&places, Type::TEXT), (&count, Type::INT8), (&timeline, Type::TEXT)];
+        let found = client.query_typed(&sql, &parameters).await.map_err(log_error)?;
         let xmin = found.first().map_or(Ok("0"), |row| column(row, 11))?;
         let xmin: u64 = xmin.parse().map_err(|error| crate::rows::damaged("xmin", error))?;
         let mut decoder = Decoder::default();
