@@ -52,8 +52,9 @@ impl FileConfig {
 /// A bus that only stores: each topic is a file of events as structured JSON, one a line.
 ///
 /// An event is confirmed once its line is on disk. A line that was cut by a crash is removed before the next is
-/// written. Several processes may publish to one folder: each batch takes the file's lock. A file may be moved away or
-/// removed between two batches: the next one begins a new file.
+/// written. Several processes may publish to one folder: each batch takes the file's lock, and a process that is paused
+/// meanwhile keeps the others waiting. A file may be moved away or removed between two batches: the next one begins a new
+/// file.
 #[derive(Clone, Debug)]
 pub struct FileBus(Arc<Inner>);
 

@@ -213,10 +213,7 @@ impl PostgresDatabase {
 
     /// Two columns of a query, as texts.
     pub(crate) fn query(&self, sql: &str) -> Vec<(String, String)> {
-        block_on(async {
-            let rows = client(&self.url).await.query(sql, &[]).await.expect("rows");
-            rows.iter().map(|row| (row.get(0), row.get(1))).collect()
-        })
+        query_sql(&self.url, sql)
     }
 }
 
@@ -226,8 +223,58 @@ impl Drop for PostgresDatabase {
     }
 }
 
-fn run_sql(url: &str, sql: &str) {
+pub(crate) fn run_sql(url: &str, sql: &str) {
     block_on(async { client(url).await.batch_execute(sql).await.expect("a statement") });
+}
+
+/// Two columns of a query, as texts.
+pub(crate) fn query_sql(url: &str, sql: &str) -> Vec<(String, String)> {
+    block_on(async {
+        let rows = client(url).await.query(sql, &[]).await.expect("rows");
+        rows.iter().map(|row| (row.get(0), row.get(1))).collect()
+    })
+}
+
+/// All the connections that a server has left.
+pub(crate) struct Connections {
+    runtime: tokio::runtime::Runtime,
+    clients: Vec<tokio_postgres::Client>,
+}
+
+impl Connections {
+    pub(crate) fn fill(url: &str) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        let mut full = Self { runtime: runtime.expect("a runtime"), clients: Vec::new() };
+        while full.take_one(url) {}
+        assert!(!full.clients.is_empty(), "there was none left");
+        full
+    }
+
+    /// Also those of an application, until it has none.
+    pub(crate) fn take_from(url: &str, application: &str) -> Self {
+        let mut full = Self::fill(url);
+        let max = "SELECT current_setting('max_connections')::int8";
+        let max: i64 = full.runtime.block_on(full.clients[0].query_one(max, &[])).expect("a number").get(0);
+        let sql = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = $1";
+        until("all its connections", || {
+            full.runtime.block_on(full.clients[0].execute(sql, &[&application])).expect("a count");
+            while full.take_one(url) {}
+            full.clients.len() as i64 == max
+        });
+        full
+    }
+
+    pub(crate) fn run(&self, sql: &str) {
+        self.runtime.block_on(self.clients[0].batch_execute(sql)).expect("a statement");
+    }
+
+    fn take_one(&mut self, url: &str) -> bool {
+        let opened = self.runtime.block_on(tokio_postgres::connect(url, tokio_postgres::NoTls));
+        let Ok((client, connection)) = opened else { return false };
+        self.runtime.spawn(connection);
+        self.clients.push(client);
+        true
+    }
 }
 
 async fn client(url: &str) -> tokio_postgres::Client {
