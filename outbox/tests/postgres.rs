@@ -42,8 +42,7 @@ async fn relay(database: &Database, bus: &ScriptedBus, config: RelayConfig) -> R
 
 /// Writers side by side with rollbacks, savepoints, two-phase commit, serialization failures and sleeps, a transaction
 /// that stays open all the time, and a relay that is killed or stopped again and again. Catches the mutants that probe
-/// before they fetch (reorders), that close gaps by locks blind to prepared transactions (loses), and that stop without a
-/// last checkpoint (repeats); each was tried.
+/// before they fetch (reorders) and that close gaps by locks blind to prepared transactions (loses); each was tried.
 async fn writers_against_a_relay(order: OrderOnFailure) {
     let database = Arc::new(Database::create().await);
     let seed = seed();
