@@ -6,10 +6,9 @@ use std::{
 };
 
 use anyhow::Context;
-use bus_core::EventBuilder;
 use outbox::Outbox;
 use tokio::task::JoinSet;
-use tokio_postgres::{Client, Config, NoTls, Statement, Transaction};
+use tokio_postgres::{Client, Config, NoTls, Statement};
 
 use crate::{
     link,
@@ -116,28 +115,18 @@ impl Service {
         })
     }
 
-    /// The same statements by the same client, one after the other, with an append before the commit or without.
+    /// The same statements by the same client, one after the other; with the append the commit brings an event along.
     async fn transact(&mut self, appends: bool) -> anyhow::Result<()> {
         let aggregate = fastrand::i64(self.aggregates.clone());
-        let transaction = self.client.transaction().await?;
+        let transaction = self.outbox.begin(self.client.build_transaction()).await?;
         let version: i64 = transaction.query_one(&self.update, &[&aggregate]).await?.get(0);
         transaction.execute(&self.insert, &[&aggregate, &version]).await?;
         if appends {
-            append_and_commit(&self.outbox, transaction, event(aggregate.unsigned_abs() as usize)).await
+            Ok(transaction.append_and_commit([event(aggregate.unsigned_abs() as usize)]).await?)
         } else {
             Ok(transaction.commit().await?)
         }
     }
-}
-
-/// The last step of a transaction that appends. Two round trips: the place to use one that sends both at once.
-async fn append_and_commit(
-    outbox: &Outbox,
-    mut transaction: Transaction<'_>,
-    event: EventBuilder,
-) -> anyhow::Result<()> {
-    outbox.append(&mut transaction, [event]).await?;
-    Ok(transaction.commit().await?)
 }
 
 /// Where the server of the environment is.

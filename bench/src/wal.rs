@@ -12,7 +12,7 @@ use crate::{
     road::{Road, connect, size, url},
 };
 
-/// What an append may write beyond data, key and topic, a relay per event, and a janitor.
+/// What an append may write beyond what the event says, a relay per event, and a janitor.
 const APPEND_MAX: f64 = 170.0;
 const RELAY_MAX: f64 = 1.0;
 const JANITOR_MAX: f64 = 350.0;
@@ -21,8 +21,9 @@ const PRUNE_ROWS_MAX: usize = 5_000;
 
 const BUSINESS: &str =
     "CREATE TABLE {p}.item (id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, version bigint NOT NULL)";
-/// Bytes of an event that are its payload, and of its other texts.
-const PAYLOAD: &str = "SELECT avg(octet_length(data) + octet_length(key) + octet_length(topic)) FROM {p}.outbox";
+/// Bytes that an event says, its time apart; and those beside its data, key and topic.
+const PAYLOAD: &str = "SELECT avg(octet_length(data) + octet_length(key) + octet_length(topic) + octet_length(id) \
+     + octet_length(type) + octet_length(source) + octet_length(content_type)) FROM {p}.outbox";
 const TEXTS: &str = "SELECT avg(octet_length(id) + octet_length(type) + octet_length(source) \
      + octet_length(content_type)) FROM {p}.outbox";
 const POSITION: &str = "SELECT pg_current_wal_insert_lsn() - '0/0'";
@@ -68,8 +69,8 @@ impl Beyond {
         let rounds = self.figures.len();
         let images = self.images / rounds as f64;
         let what = format!(
-            "PostgreSQL: write-ahead log per event beyond data, key and topic, {what}, {rounds} rounds; {texts:.0} of it \
-             are id, type, source and content type; pages written whole add {images:.1}"
+            "PostgreSQL: write-ahead log per event beyond what it says, {what}, {rounds} rounds; beyond data, key and \
+             topic alone it is {texts:.0} more; pages written whole add {images:.1}"
         );
         Ok(Pairs::limit(APPEND_MAX, self.figures).at_most(id, what, "bytes", 1.0))
     }

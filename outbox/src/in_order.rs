@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use bus_core::{Seq, SeqSet};
+use bus_core::{Seq, SeqSet, mutant};
 
 use crate::{Page, PageLimit, Probe, Row};
 
@@ -78,7 +78,7 @@ impl InOrder {
 
     /// The rows that come next, as many as there are within `limit`.
     pub(crate) fn take(&mut self, limit: PageLimit) -> Vec<Row> {
-        let gap = self.unseen.first();
+        let gap = self.unseen.first().filter(|_| !mutant("gap-passed-in-order"));
         let next = self.page.iter().take_while(|row| gap.is_none_or(|gap| row.seq < gap));
         let count = fitting(next, limit);
         let rows: Vec<Row> = self.page.drain(..count).collect();

@@ -61,7 +61,7 @@ fn main() -> Result<()> {
         Command::Ci => checks::run(),
         Command::Mutants { names } => mutants::run(&names),
         Command::Bench { args } => {
-            let servers = services::start()?;
+            let servers = services::start_for_figures()?;
             let environment = servers.as_ref().map(services::Started::environment).unwrap_or_default();
             let run = ["run", "--release", "--quiet", "--package", "bench", "--"];
             let run: Vec<&str> = run.into_iter().chain(args.iter().map(String::as_str)).collect();

@@ -32,12 +32,21 @@ pub(crate) struct Started {
 
 /// Starts what the environment does not name.
 pub(crate) fn start() -> Result<Option<Started>> {
+    start_unless_named(&[])
+}
+
+/// The same with the level of write-ahead log that PostgreSQL has by default: figures are about that.
+pub(crate) fn start_for_figures() -> Result<Option<Started>> {
+    start_unless_named(&[("SERVICES_POSTGRES_OPTIONS", "-c wal_level=replica")])
+}
+
+fn start_unless_named(settings: &[(&str, &str)]) -> Result<Option<Started>> {
     let missing: Vec<&str> = VARIABLES.into_iter().filter(|name| env::var_os(name).is_none()).collect();
     if missing.is_empty() {
         return Ok(None);
     }
     can_start(&missing)?;
-    start_with(&[]).map(Some)
+    start_with(settings).map(Some)
 }
 
 /// Starts PostgreSQL of another version, with a pooler before it, beside whatever runs.

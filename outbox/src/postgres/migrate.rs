@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use bus_core::LogId;
+use bus_core::{LogId, mutant};
 use tokio_postgres::{Client, types::Type};
 
 use super::{PostgresConfig, Tables, column, log_error, timely};
@@ -52,7 +52,11 @@ async fn run(client: &mut Client, tables: &Tables) -> Result<Vec<&'static str>, 
     check_not_newer(current)?;
     let mut taken = Vec::new();
     for (version, name, script) in MIGRATIONS.iter().filter(|(version, ..)| *version > current) {
-        transaction.batch_execute(&tables.qualify(script)).await.map_err(log_error)?;
+        let script = match mutant("place-before-xid") {
+            false => tables.qualify(script),
+            true => tables.qualify(&script.replace("pg_current_xact_id() IS NOT NULL", "true")),
+        };
+        transaction.batch_execute(&script).await.map_err(log_error)?;
         let record = tables.qualify(RECORD);
         let recorded = transaction.execute_typed(&record, &[(version, Type::INT8), (name, Type::TEXT)]).await;
         recorded.map_err(log_error)?;

@@ -108,7 +108,9 @@ impl Owner<'_> {
         // A standby refuses to begin one that is to write with a code that says nothing: it is told by the first write.
         let begin = self.client.build_transaction().isolation_level(IsolationLevel::ReadCommitted);
         let transaction = begin.start().await.map_err(log_error)?;
-        transaction.query_typed(TIMEOUTS, &[]).await.map_err(log_error)?;
+        if !mutant("frozen-owner-stays") {
+            transaction.query_typed(TIMEOUTS, &[]).await.map_err(log_error)?;
+        }
         Ok(transaction)
     }
 
@@ -260,7 +262,14 @@ impl Owner<'_> {
 /// Who owns the log for the sink, if somebody does.
 async fn leased(client: &Client, tables: &Tables, sink: &str) -> Result<Option<Acquisition>, LogError> {
     let parameters: [Parameter<'_>; 2] = [(&LOG, Type::TEXT), (&sink, Type::TEXT)];
-    let row = client.query_typed_opt(&tables.qualify(LEASED), &parameters).await.map_err(log_error)?;
+    let sql = match mutant("lease-by-host-clock") {
+        false => tables.qualify(LEASED),
+        true => {
+            let since = std::time::UNIX_EPOCH.elapsed().unwrap_or_default().as_secs_f64();
+            tables.qualify(&LEASED.replace("clock_timestamp()", &format!("to_timestamp({since})")))
+        }
+    };
+    let row = client.query_typed_opt(&sql, &parameters).await.map_err(log_error)?;
     row.map(|row| {
         let remaining = Duration::from_secs_f64(column::<f64>(&row, 1)?.clamp(0.0, 86_400.0));
         Ok(Acquisition::Standby { owner: column(&row, 0)?, remaining })

@@ -7,7 +7,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use bus_core::{Seq, SeqSet, failpoint};
+use bus_core::{Seq, SeqSet, failpoint, mutant};
 use futures_util::TryStreamExt;
 use tokio_postgres::{Client, types::Type};
 
@@ -192,7 +192,10 @@ impl PostgresLog {
 
     /// A statement that reads events.
     fn reading(&self, sql: &str) -> String {
-        let same = SAME_TIMELINE.replace("{timeline}", TIMELINE);
+        let same = match mutant("failover-read-on") {
+            false => SAME_TIMELINE.replace("{timeline}", TIMELINE),
+            true => "($3 = $3)".to_owned(),
+        };
         self.tables.qualify(&sql.replace("{columns}", COLUMNS).replace("{same}", &same))
     }
 
