@@ -20,7 +20,9 @@ use tokio::{
 fn batches() -> [Vec<Event>; 2] {
     let event = |n: usize| {
         let builder = Event::json("orders", "order.placed", &n).expect("a number is JSON");
-        let builder = builder.time(Timestamp::from_unix_micros(1_700_000_000_000_001 + n as i64));
+        // PostgreSQL's calendar has no year 0, an event's has.
+        let time = if n == 1 { i64::MIN } else { 1_700_000_000_000_001 + n as i64 };
+        let builder = builder.time(Timestamp::from_unix_micros(time));
         builder.id(format!("e-{n}")).key("k").subject("s").extension("traceparent", "00-1").build().expect("an event")
     };
     [vec![event(0)], (1..1_500).map(event).collect()]

@@ -24,7 +24,7 @@ use std::{
 use bus_core::{OrderOnFailure, Seq};
 use database::{Database, server};
 use ledger::{UNCHECKED_MAX, check_ledger, duplicates};
-use outbox::{LogAdmin, Relay, RelayConfig};
+use outbox::{LogAdmin, Relay, RelayConfig, Selected};
 use private::Server;
 use support::{Running, ScriptedBus, config, event, ids, until, within};
 use tokio::{
@@ -299,6 +299,36 @@ async fn pass(mut from: impl AsyncReadExt + Unpin, mut to: impl AsyncWriteExt + 
             return;
         }
     }
+}
+
+/// Whoever may insert may insert anything: a key that is too long for an event, and for an index, is parked with its row.
+/// Catches the mutant that puts whole keys into an index: one such row ended every relay.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn a_row_with_a_huge_key_is_parked_and_the_others_flow() {
+    let (database, bus) = (Database::create().await, ScriptedBus::new(FAIL_STOP));
+    // Such that compressing it does not help.
+    let keys = "SELECT string_agg(md5(n::text), '') FROM generate_series(1, 20000) n";
+    database
+        .run(&format!(
+            "INSERT INTO {{p}}outbox (topic, type, key, data) SELECT 'orders', 'order.placed', ({keys}), '1'"
+        ))
+        .await;
+    database.append([event("a", 0)]).await;
+    let refused =
+        database.sql("INSERT INTO {p}outbox (topic, type, key, data) VALUES ('o', 't', repeat('k', 1048577), '1')");
+    assert!(database.client().await.batch_execute(&refused).await.is_err(), "the table has a limit");
+    let running = Running::start(relay(&database, &bus, config()).await);
+    bus.until_stored(1).await;
+    let parked = async || database.admin().await.status().await.expect("a status")[0].parked;
+    until("it is parked", async || parked().await == 1).await;
+    running.stop().await;
+    let key = Selected { parked: true, ..Selected::default() };
+    let rows = database.admin().await.dead_letters(&key, None, 10).await.expect("a list");
+    assert_eq!((rows.len(), rows[0].reason.as_str()), (1, "invalid"));
+    // Its next owner loads the key, too.
+    let mut once = relay(&database, &bus, config()).await;
+    within("the end", once.run_once(std::future::pending())).await.expect("it ends in order");
 }
 
 /// The janitor gives the space free of what it removed, without waiting for autovacuum. How many dead rows are left is a

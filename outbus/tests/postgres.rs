@@ -111,6 +111,12 @@ fn what_is_wrong_with_the_database_is_said_in_a_sentence() {
             assert!(!ran.stderr.contains(secret) && !ran.stdout.contains(secret), "{}", ran.stderr);
         }
     }
+    let ascii = format!("{}_ascii", database.name);
+    database.run(&format!("CREATE DATABASE {ascii} ENCODING 'SQL_ASCII' LOCALE 'C' TEMPLATE template0"));
+    let ascii_url = other(&format!("/{}", database.name), &format!("/{ascii}"));
+    let encoded = folder.run(&["migrate", "--database", &ascii_url]).is(2);
+    assert!(encoded.stderr.contains("ENCODING 'UTF8'"), "{}", encoded.stderr);
+    database.run(&format!("DROP DATABASE {ascii}"));
     database.run("INSERT INTO outbus.migration (version, name) VALUES (99, 'from the future')");
     let newer = folder.run(&["relay", "--once", "--database", &database.url, "--bus", &folder.bus_url()]).is(2);
     assert!(newer.stderr.contains("newer outbus"), "{}", newer.stderr);

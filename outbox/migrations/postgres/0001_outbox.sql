@@ -27,7 +27,11 @@ CREATE TABLE {p}outbox (
   extensions jsonb,
   -- The payload.
   data bytea NOT NULL,
-  CHECK (octet_length(data) <= {event_bytes_max})
+  CHECK (octet_length(data) <= {event_bytes_max}),
+  -- A row that is no valid event is set aside, not refused; but nobody reads a gigabyte for that.
+  CHECK (octet_length(id) + octet_length(topic) + coalesce(octet_length(key), 0) + octet_length(type)
+    + octet_length(source) + coalesce(octet_length(subject), 0) + octet_length(content_type)
+    + coalesce(pg_column_size(extensions), 0) <= 1048576)
 ) WITH (autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 1000000);
 
 -- Payloads are compressed by nobody on the way in: publishing would only decompress them.
@@ -114,8 +118,9 @@ CREATE TABLE {p}dead_letter (
   PRIMARY KEY (log, sink, seq)
 );
 
--- A key's set-aside events in order: loaded by a new owner, drained by a retry.
-CREATE INDEX dead_letter_key ON {p}dead_letter (log, sink, topic, key, seq) WHERE parked;
+-- A key's set-aside events in order, drained by a retry. By a hash: a key that is too long for an event, and for an index,
+-- can be among them.
+CREATE INDEX dead_letter_key ON {p}dead_letter (log, sink, hashtextextended(key, 0), seq) WHERE parked;
 
 -- What operators ask of a sink's owner, who alone executes it.
 CREATE TABLE {p}request (

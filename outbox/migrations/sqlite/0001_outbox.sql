@@ -24,7 +24,11 @@ CREATE TABLE {p}outbox (
   time INTEGER NOT NULL DEFAULT (CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER) * 1000),
   -- The payload.
   data BLOB NOT NULL,
-  CHECK (length(CAST(data AS BLOB)) <= {event_bytes_max})
+  CHECK (length(CAST(data AS BLOB)) <= {event_bytes_max}),
+  -- A row that is no valid event is set aside, not refused; but nobody reads a gigabyte for that.
+  CHECK (length(CAST(id AS BLOB)) + length(CAST(topic AS BLOB)) + coalesce(length(CAST(key AS BLOB)), 0)
+    + length(CAST(type AS BLOB)) + length(CAST(source AS BLOB)) + coalesce(length(CAST(subject AS BLOB)), 0)
+    + length(CAST(content_type AS BLOB)) + coalesce(length(CAST(extensions AS BLOB)), 0) <= 1048576)
 );
 
 -- One row per log: its identity, and what its janitor knows.

@@ -18,7 +18,8 @@ use crate::{
 
 const DEAD_ROWS: &str = "SELECT {columns}, state, parked, reason, error, attempts, at, sink FROM {p}dead_letter \
      WHERE log = $1 AND ($2::text IS NULL OR (sink, seq) > ($2, $3)) AND ($4::text[] IS NULL OR id = ANY ($4)) \
-     AND ($5::text IS NULL OR reason = $5) AND ($6::text IS NULL OR (topic = $6 AND key = $7)) \
+     AND ($5::text IS NULL OR reason = $5) \
+     AND ($6::text IS NULL OR (topic = $6 AND key = $7 AND hashtextextended(key, 0) = hashtextextended($7, 0))) \
      AND ($8::int8 IS NULL OR seq <= $8) AND (NOT $9 OR parked) ORDER BY sink, seq LIMIT $10";
 const MARK_RETRYING: &str = "UPDATE {p}dead_letter SET state = 'retrying' WHERE log = $1 AND sink = $2 \
      AND ($3::text[] IS NULL OR id = ANY ($3)) AND ($4::text IS NULL OR reason = $4)";

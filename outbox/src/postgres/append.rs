@@ -1,7 +1,7 @@
 //! Appending within a transaction of PostgreSQL, whatever client has it.
 
 use async_trait::async_trait;
-use bus_core::mutant;
+use bus_core::{Timestamp, mutant};
 use tokio_postgres::{
     Client, Transaction,
     types::{ToSql, Type},
@@ -75,12 +75,18 @@ impl Insert<'_> {
                 rows.subject.push(parts.subject.as_deref());
                 rows.content_type.push(parts.content_type.as_str());
                 rows.extensions.push(extensions_json(&parts.extensions));
-                rows.time.push(parts.time.to_string());
+                rows.time.push(time(parts.time));
                 rows.data.push(parts.data.as_ref());
             }
             rows
         })
     }
+}
+
+/// A time as PostgreSQL takes it: its calendar has no year 0.
+fn time(time: Timestamp) -> String {
+    let text = time.to_string();
+    text.strip_prefix("0000-").map_or_else(|| text.clone(), |rest| format!("0001-{rest} BC"))
 }
 
 /// The parameters of a statement with their types, whatever client runs it.

@@ -4,7 +4,7 @@ use std::{fmt, str::FromStr, time::Duration};
 
 use tokio::sync::watch;
 use tokio_postgres::{Client, Config, NoTls, config::SslMode};
-use url::Url;
+use url::{Url, form_urlencoded};
 
 use super::{
     error::{connect_error, log_error, timed_out},
@@ -64,17 +64,18 @@ impl PostgresConfig {
         }
         let mut tls = Tls { mode: TlsMode::Prefer, root: None };
         let mut rest = Vec::new();
-        for (name, value) in parsed.query_pairs() {
-            match &*name {
-                "sslmode" => tls.mode = value.parse().map_err(invalid)?,
-                "sslrootcert" => tls.root = Some(value.into_owned()),
-                _ => rest.push((name.into_owned(), value.into_owned())),
+        for option in parsed.query().unwrap_or_default().split('&').filter(|option| !option.is_empty()) {
+            // A plus is a plus here, as for libpq; the rest stays as it is encoded.
+            let pair = option.replace('+', "%2B");
+            let decoded = form_urlencoded::parse(pair.as_bytes()).next();
+            match decoded.as_ref().map(|(name, value)| (&**name, &**value)) {
+                Some(("sslmode", value)) => tls.mode = value.parse().map_err(invalid)?,
+                Some(("sslrootcert", value)) => tls.root = Some(value.to_owned()),
+                _ => rest.push(option),
             }
         }
-        parsed.query_pairs_mut().clear().extend_pairs(rest);
-        if parsed.query() == Some("") {
-            parsed.set_query(None);
-        }
+        let rest = (!rest.is_empty()).then(|| rest.join("&"));
+        parsed.set_query(rest.as_deref());
         let mut config = Config::from_str(parsed.as_str()).map_err(|error| {
             // The cause names the parameter; it does not repeat the URL.
             let cause = std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
@@ -228,6 +229,9 @@ mod tests {
         assert_eq!(config.tls, Tls { mode: TlsMode::VerifyFull, root: Some("a.crt".to_owned()) });
         let shown = format!("{config:?}");
         assert!(shown.contains("shop") && !shown.contains("s3cret"), "{shown}");
+        let options = "postgres://db/shop?options=-c%20timezone%3DUTC&sslmode=disable&application_name=a+b";
+        let config = PostgresConfig::from_url(options).unwrap().config;
+        assert_eq!((config.get_options(), config.get_application_name()), (Some("-c timezone=UTC"), Some("a+b")));
     }
 
     #[test]

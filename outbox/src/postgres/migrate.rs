@@ -100,11 +100,18 @@ pub(super) async fn check(client: &Client, tables: &Tables) -> Result<(), LogErr
 }
 
 async fn check_server(client: &Client) -> Result<(), LogError> {
-    let sql = "SELECT current_setting('server_version_num')::int4, current_setting('server_version')";
+    let sql = "SELECT current_setting('server_version_num')::int4, current_setting('server_version'), \
+         current_setting('server_encoding')";
     let row = client.query_typed_one(sql, &[]).await.map_err(log_error)?;
     if column::<i32>(&row, 0)? < SERVER_VERSION_MIN {
         let found: &str = column(&row, 1)?;
         return Err(schema(format!("the server is PostgreSQL {found}; 14 or newer is needed")));
+    }
+    let encoding: &str = column(&row, 2)?;
+    if encoding != "UTF8" {
+        return Err(schema(format!(
+            "the database is encoded in {encoding}, which has no place for every event: create it with ENCODING 'UTF8'"
+        )));
     }
     Ok(())
 }
