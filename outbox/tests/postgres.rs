@@ -227,7 +227,7 @@ async fn a_connection_that_breaks_anywhere_loses_and_reorders_nothing() {
     .await;
     running.stop().await;
     assert!(proxy.cuts() > 20, "only {} cuts", proxy.cuts());
-    let parked = database.admin().await.dead_letters(&outbox::Selected::default(), None, 1_000).await.expect("a list");
+    let parked = database.admin().await.dead_letters(&Selected::default(), None, 1_000).await.expect("a list");
     let parked: BTreeSet<String> = parked.into_iter().map(|row| row.columns.id).collect();
     let stored = ids(&bus.stored());
     for id in database.committed().await {

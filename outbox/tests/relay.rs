@@ -516,6 +516,23 @@ async fn a_crash_repeats_no_more_than_the_window_and_4096() {
     assert_eq!(first_by_key(&bus.stored()), first_by_key(&events(10, 1_200)));
 }
 
+/// A database that is away for an hour is told of in a line, not in ten thousand. Catches the mutant that tells each time.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_is_away_is_told_of_once() {
+    let (shop, bus) = (Shop::open().await, ScriptedBus::new(FAIL_STOP));
+    shop.append(vec![event("a", 0)]).await;
+    let log = Arc::new(CountingLog::new(shop.log("main").await));
+    log.refuse_acquires.store(20, Ordering::SeqCst);
+    let told: Arc<Mutex<Vec<RelayEvent>>> = Arc::default();
+    let notes = Arc::clone(&told);
+    let relay = Relay::new(log, bus.arc(), config()).unwrap();
+    let relay = Running::start(relay.observe(move |event| notes.lock().unwrap().push(event.clone())));
+    bus.until_stored(1).await;
+    relay.stop().await;
+    let away = |event: &&RelayEvent| matches!(event, RelayEvent::LogAway { .. });
+    assert_eq!(told.lock().unwrap().iter().filter(away).count(), 1);
+}
+
 /// Catches the mutant that compares with where the owner began: an outage looked like another history once retention
 /// had removed the broker's last event.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -619,6 +636,7 @@ struct CountingLog {
     rows: AtomicU64,
     reads: AtomicU64,
     slow_reads: AtomicBool,
+    refuse_acquires: AtomicU64,
 }
 
 impl CountingLog {
@@ -633,6 +651,7 @@ impl CountingLog {
             rows: zero(),
             reads: zero(),
             slow_reads: AtomicBool::new(false),
+            refuse_acquires: zero(),
         }
     }
 }
@@ -668,6 +687,11 @@ impl LogSource for CountingLog {
     }
 
     async fn acquire(&self, request: &Acquire) -> Result<Acquisition, LogError> {
+        let left = self.refuse_acquires.load(Ordering::SeqCst);
+        if left > 0 {
+            self.refuse_acquires.store(left - 1, Ordering::SeqCst);
+            return Err(LogError::new(LogErrorKind::Unavailable, "locked by the test"));
+        }
         self.inner.acquire(request).await
     }
 

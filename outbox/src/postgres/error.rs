@@ -71,7 +71,12 @@ pub(super) fn classify_code(code: &str, text: &str) -> (LogErrorKind, Cow<'stati
         return (Denied, with("a grant is missing (docs/postgres.md lists them)"));
     }
     if *code == SqlState::READ_ONLY_SQL_TRANSACTION {
-        return (Unavailable, with("the server is a read-only standby; point the URL at the primary"));
+        return (
+            Unavailable,
+            with(
+                "the server is a read-only standby; point the URL at the primary, or switch default_transaction_read_only off",
+            ),
+        );
     }
     if *code == SqlState::INVALID_CATALOG_NAME {
         return (Schema, with("create the database first"));

@@ -213,6 +213,8 @@ pub struct Relay {
     /// What the next acquisition asks for: an epoch above the broker's, another incarnation.
     epoch_min: u64,
     new_incarnation: bool,
+    /// Why the log could not be taken last, as it was told.
+    away: Option<String>,
     done: RelaySummary,
 }
 
@@ -248,6 +250,7 @@ impl Relay {
             session: None,
             epoch_min: 0,
             new_incarnation: false,
+            away: None,
             done: RelaySummary::default(),
         })
     }
@@ -388,7 +391,9 @@ impl Relay {
             bus: self.config.bus_name.clone(),
             new_incarnation: self.new_incarnation,
         };
-        match self.log.acquire(&request).await {
+        let answer = self.log.acquire(&request).await;
+        self.away = self.away.take().filter(|_| answer.is_err());
+        match answer {
             Ok(Acquisition::Owned(owned)) => {
                 failpoint("after-acquire");
                 self.new_incarnation = false;
@@ -450,8 +455,11 @@ impl Relay {
         if !error.kind().may_heal() {
             return Err(error.into());
         }
-        if error.kind() == LogErrorKind::Unavailable {
-            self.tell(RelayEvent::LogAway { error: error.to_string() });
+        let says = error.to_string();
+        // Said once, however often it is tried again.
+        if error.kind() == LogErrorKind::Unavailable && self.away.as_ref() != Some(&says) {
+            self.tell(RelayEvent::LogAway { error: says.clone() });
+            self.away = Some(says);
         }
         sleep(self.config.retry.backoff(2, fastrand::f64())).await;
         Ok(())
