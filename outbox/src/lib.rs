@@ -20,6 +20,7 @@ mod reader;
 #[cfg(feature = "conformance")]
 pub mod conformance;
 mod relay;
+mod inbox;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 #[cfg(feature = "postgres")]
@@ -28,6 +29,7 @@ mod postgres;
 pub use append::{EVENT_BYTES_MAX, Insert, Outbox, OutboxConfig, OutboxTx};
 pub use cursor::{Cursor, HOLE_RANGES_MAX};
 pub use error::{AppendError, AppendErrorReason, LogError, LogErrorKind};
+pub use inbox::{Deduplicated, Effect, Inbox, InboxPool};
 pub use lanes::{Counts, OnFailure};
 pub use log::{
     Acquire, Acquisition, Blocked, Change, DeadColumns, DeadRest, DeadRow, DeadState, EventKey, InvalidRow, Lease,
@@ -42,9 +44,7 @@ pub use postgres::{
 pub use reader::LogReader;
 pub use relay::{LEASE_MIN, Progress, Relay, RelayConfig, RelayError, RelayEvent, RelaySummary, SPAN_MAX};
 #[cfg(feature = "sqlite")]
-pub use sqlite::{
-    Deduplicated, Inbox, SqliteLog, log_error as sqlite_error, migrate, print_migrations, sqlite_options,
-};
+pub use sqlite::{SqliteLog, log_error as sqlite_error, migrate, print_migrations, sqlite_options};
 pub use tables::Tables;
 pub use topics::TopicPattern;
 pub use wake::{Awakened, Wake};

@@ -172,7 +172,7 @@ impl OutboxTx for deadpool_postgres::Transaction<'_> {
 }
 
 #[cfg(feature = "sqlx-postgres")]
-mod with_sqlx {
+pub(super) mod with_sqlx {
     use std::{borrow::Cow, error::Error as _};
 
     use async_trait::async_trait;
@@ -219,16 +219,17 @@ mod with_sqlx {
         }
     }
 
-    /// What the caller's own client says of the insert.
-    fn log_error(error: sqlx::Error) -> LogError {
+    /// What the caller's own client says of a statement.
+    pub(crate) fn log_error(error: sqlx::Error) -> LogError {
         let (kind, message): (_, Cow<'static, str>) = match &error {
             sqlx::Error::Database(database) => {
                 super::super::error::classify_code(database.code().as_deref().unwrap_or_default(), database.message())
             }
             sqlx::Error::Io(_) => (LogErrorKind::Unavailable, "the connection to PostgreSQL broke".into()),
+            sqlx::Error::PoolTimedOut => (LogErrorKind::Unavailable, "no connection is free".into()),
             other => {
                 let cause = other.source().map_or_else(String::new, |cause| format!(": {cause}"));
-                (LogErrorKind::Invalid, format!("the client refuses the insert: {other}{cause}").into())
+                (LogErrorKind::Invalid, format!("the client refuses the statement: {other}{cause}").into())
             }
         };
         LogError::with_source(kind, message, error)
@@ -236,7 +237,7 @@ mod with_sqlx {
 }
 
 #[cfg(feature = "diesel-async")]
-mod with_diesel {
+pub(super) mod with_diesel {
     use async_trait::async_trait;
     use diesel::{
         result::Error,
@@ -285,12 +286,12 @@ mod with_diesel {
         query.execute(connection).await
     }
 
-    /// What the caller's own client says of the insert; it keeps no SQLSTATE.
-    fn log_error(error: Error) -> LogError {
+    /// What the caller's own client says of a statement; it keeps no SQLSTATE.
+    pub(crate) fn log_error(error: Error) -> LogError {
         let kind = match &error {
             Error::DatabaseError(diesel::result::DatabaseErrorKind::ClosedConnection, _) => LogErrorKind::Unavailable,
             _ => LogErrorKind::Invalid,
         };
-        LogError::with_source(kind, format!("PostgreSQL refuses the insert: {error}"), error)
+        LogError::with_source(kind, format!("PostgreSQL refuses the statement: {error}"), error)
     }
 }

@@ -16,6 +16,7 @@ mod source;
 mod owner;
 mod admin;
 mod append;
+mod inbox;
 mod transaction;
 
 use std::{

@@ -22,7 +22,6 @@ use tokio::sync::{Mutex, MutexGuard};
 
 use crate::{LogError, LogErrorKind, Tables, check_sink};
 
-pub use inbox::{Deduplicated, Inbox};
 pub use migrate::{migrate, print_migrations};
 
 /// How long a statement waits for the writer's lock.
