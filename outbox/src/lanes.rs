@@ -270,6 +270,10 @@ impl Lanes {
     /// A row that cannot be published at all takes its place like any other: it is judged when it is its key's turn.
     fn admit(&mut self, row: Row, bypass: Option<&HoldKey>, now: Instant, random: f64) {
         let seq = row.seq;
+        if self.halt.as_ref().is_some_and(|halt| halt.seq < seq) {
+            // The relay ends: what follows stays unsettled.
+            return;
+        }
         let topic = row.topic();
         if !self.takes_all && topic.is_some_and(|topic| !self.takes(topic)) {
             return self.settle(seq);
@@ -603,8 +607,7 @@ impl Lanes {
         tracing::warn!(%seq, reason, %error, attempts, "an event is given up");
         let state = match self.config.on_failure {
             OnFailure::Halt => {
-                self.halt = Some(Halt { seq, error: error.to_string() });
-                return;
+                return self.halt_at(seq, error.to_string());
             }
             OnFailure::DeadLetter => DeadState::Dead,
             OnFailure::Park => DeadState::Parked,
@@ -618,6 +621,15 @@ impl Lanes {
             Some(own) => self.go_on_behind(seq, &own),
             None => {}
         }
+    }
+
+    /// Nothing that stands behind it in the log is handed over any more.
+    fn halt_at(&mut self, seq: Seq, error: String) {
+        let (before, behind) = std::mem::take(&mut self.ready).into_iter().partition(|(other, _)| *other < seq);
+        self.ready = before;
+        let behind: VecDeque<(Seq, Event)> = behind;
+        behind.iter().for_each(|(_, event)| self.leave_window(event.size_bytes()));
+        self.halt = Some(Halt { seq, error });
     }
 
     /// Everything of the key that waits behind `head`, its first unsettled event, is set aside behind it.

@@ -261,6 +261,8 @@ async fn by_a_driver_that_is_adopted() {
     check(&database).await;
 }
 
+/// Whoever gives a place is refused: a relay took the highest for the end of the log, and never published those below it.
+///
 /// Any language appends with an INSERT of three columns, or with the function.
 #[tokio::test]
 #[ignore = "needs PostgreSQL: cargo xtask test"]
@@ -272,6 +274,16 @@ async fn by_plain_sql() {
     assert_eq!(events.iter().map(|event| event.data().as_ref()).collect::<Vec<_>>(), [b"{\"n\":1}", b"{\"n\":2}"]);
     assert_eq!((events[0].key(), events[1].key(), events[1].subject()), (None, Some("k"), Some("order/2")));
     assert_eq!((events[0].source(), events[0].content_type()), ("/outbus", "application/json"));
+    // A place that is given would be passed over, or make relays pass over others.
+    for (drawn, given) in
+        [("SELECT 1", 400), ("SELECT {p}append('o', 't', '1')", 400), ("SELECT {p}append('o', 't', '1')", 1)]
+    {
+        let client = database.client().await;
+        client.batch_execute(&database.sql(drawn)).await.unwrap();
+        client.batch_execute(&database.sql("DELETE FROM {p}outbox")).await.unwrap();
+        let sql = format!("INSERT INTO {{p}}outbox (seq, topic, type, data) VALUES ({given}, 'o', 't', '1')");
+        assert!(client.batch_execute(&database.sql(&sql)).await.is_err(), "{drawn}, {given}");
+    }
     let large = database.client().await;
     let sql = database
         .sql("INSERT INTO {p}outbox (topic, type, data) VALUES ('o', 't', convert_to(repeat('x', 921601), 'UTF8'))");

@@ -111,6 +111,7 @@ async fn an_open_transaction_of_this_log_delays_only_itself() {
     let status = database.admin().await.status().await.expect("a status").remove(0);
     assert!(status.low < Seq(2), "its place is not settled");
     assert!(status.oldest_transaction.is_some(), "somebody keeps its gap open");
+    assert_eq!((status.backlog, status.oldest_age), (0, None), "what is not committed is no backlog");
     open.commit().await.expect("it commits");
     database.outbox.wake();
     bus.until_stored(101).await;

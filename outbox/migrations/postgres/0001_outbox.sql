@@ -38,6 +38,16 @@ CREATE TABLE {p}outbox (
 ALTER TABLE {p}outbox ALTER data SET STORAGE EXTERNAL;
 ALTER SEQUENCE {p}outbox_seq OWNED BY {p}outbox.seq;
 
+-- A place is drawn and never given: relays take one that nobody has drawn for the end of the log, and those below it that are
+-- drawn later for rolled back. Replication and a restore of the whole table are let through.
+CREATE FUNCTION {p}refuse_given_place() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+  RAISE EXCEPTION 'a place in the log is drawn, not given' USING ERRCODE = 'check_violation', HINT = 'Leave out seq.';
+END
+$$;
+CREATE TRIGGER place_is_drawn BEFORE INSERT ON {p}outbox FOR EACH ROW
+  WHEN (NEW.seq IS DISTINCT FROM currval('{p}outbox_seq'::regclass)) EXECUTE FUNCTION {p}refuse_given_place();
+
 -- Appends an event from any language; answers its place. Call it last, right before COMMIT.
 CREATE FUNCTION {p}append(
   topic text, type text, data text, key text DEFAULT NULL, id text DEFAULT NULL, source text DEFAULT '/outbus',

@@ -213,6 +213,17 @@ fn a_dead_letter_lets_its_key_go_on_and_halt_ends_the_relay() {
         lanes.outcome(batch.id, 0, too_large(), now, 0.5);
         lanes.stopped(now, 0.5);
         assert_eq!(lanes.halt().map(|halt| halt.seq), Some(Seq(1)));
+
+        // A row that can never be published: what stands before it goes, and nothing behind it.
+        let mut lanes = open(order, OnFailure::Halt);
+        let rows = vec![row(1, "a"), row(2, "b"), invalid(3, "a"), row(4, "a"), row(5, "b")];
+        lanes.admit_page(Page { rows, gaps_are_dead: false }, now, 0.5);
+        while let Some(batch) = lanes.next_batch() {
+            assert!(seqs(&batch).iter().all(|seq| *seq < 3), "{order:?}: {:?}", seqs(&batch));
+            (0..batch.entries.len()).for_each(|index| lanes.outcome(batch.id, index, stored(), now, 0.5));
+        }
+        assert_eq!(lanes.halt().map(|halt| halt.seq), Some(Seq(3)));
+        assert_eq!(lanes.checkpoint(0).2.iter().collect::<Vec<_>>(), [Seq(3), Seq(4), Seq(5)]);
     }
 }
 

@@ -8,7 +8,7 @@ use tokio_postgres::{Client, IsolationLevel, Row, Transaction, types::Type};
 
 use super::{
     LOCKED, Parameter, PostgresLog, column, log_error, timely,
-    values::{COLUMNS, Micros, like, parse_multirange},
+    values::{COLUMNS, Micros, like, multirange, parse_multirange},
 };
 use crate::{
     Blocked, DeadColumns, DeadRest, DeadRow, DeadState, LogAdmin, LogError, OldestTransaction, Request, RequestKind,
@@ -56,8 +56,12 @@ const ASIDE_COUNTS: &str = "SELECT count(*) FILTER (WHERE parked), count(*) FILT
 /// Rows above a place with one of these topics, or with none of them, counted up to a limit.
 const BACKLOG: &str = "SELECT count(*) FROM (SELECT 1 FROM {p}outbox WHERE seq > $1 \
      AND (topic LIKE ANY ($2::text[])) = $3 LIMIT $4) counted";
+/// Rows at some places with one of these topics. A place that nobody sees is no backlog.
+const AT: &str = "unnest($1::text::int8multirange) AS wanted (places) \
+     JOIN {p}outbox ON seq >= lower(places) AND seq < upper(places) WHERE topic LIKE ANY ($2::text[])";
+const COUNT_AT: &str = "SELECT count(*) FROM (SELECT 1 FROM {at} LIMIT $3) counted";
+const OLDEST_AT: &str = "SELECT time FROM {at} ORDER BY seq LIMIT 1";
 const OLDEST: &str = "SELECT time FROM {p}outbox WHERE seq > $1 AND topic LIKE ANY ($2::text[]) ORDER BY seq LIMIT 1";
-const TIME_AT: &str = "SELECT time FROM {p}outbox WHERE seq BETWEEN $1 AND $2 ORDER BY seq LIMIT 1";
 const OLDEST_TRANSACTION: &str = "SELECT activity.pid, \
      extract(epoch FROM clock_timestamp() - activity.xact_start)::float8 \
      FROM pg_locks JOIN pg_stat_activity activity ON activity.pid = pg_locks.pid \
@@ -279,23 +283,18 @@ impl PostgresLog {
     ) -> Result<SinkStatus, LogError> {
         let topics = like(row.sink.topics.iter().map(String::as_str));
         let above = self.count(client, row.high, &topics, true).await?;
-        let oldest = match row.holes.first() {
-            Some(first) => {
-                let parameters: [Parameter<'_>; 2] =
-                    [(&signed(first.0), Type::INT8), (&signed(row.high.0), Type::INT8)];
-                let found =
-                    client.query_typed_opt(&self.tables.qualify(TIME_AT), &parameters).await.map_err(log_error)?;
-                found.map(|row| column::<Micros>(&row, 0)).transpose()?.map(|micros| micros.0)
-            }
+        let oldest = match self.oldest_at(client, &row.holes, &topics).await? {
             None => self.oldest(client, row.high, &topics).await?,
+            found => found,
         };
         let of_sink: [Parameter<'_>; 2] = [(&LOG, Type::TEXT), (&row.sink.sink, Type::TEXT)];
         let aside = client.query_typed_one(&self.tables.qualify(ASIDE_COUNTS), &of_sink).await.map_err(log_error)?;
         let holes = row.holes.len();
+        let visible = self.count_at(client, &row.holes, &topics).await?;
         Ok(SinkStatus {
             log: LOG.to_owned(),
-            backlog: above.unsigned_abs() + holes,
-            backlog_exact: above <= COUNT_MAX,
+            backlog: (above + visible).unsigned_abs(),
+            backlog_exact: above <= COUNT_MAX && visible <= COUNT_MAX,
             oldest_age: age(oldest, now),
             low: row.sink.low,
             high: row.high,
@@ -310,6 +309,23 @@ impl PostgresLog {
             unclaimed: unclaimed.unsigned_abs(),
             oldest_transaction: if holes > 0 { self.oldest_transaction(client).await? } else { None },
         })
+    }
+
+    /// Stops one above [`COUNT_MAX`].
+    async fn count_at(&self, client: &Client, places: &SeqSet, topics: &[String]) -> Result<i64, LogError> {
+        let most = COUNT_MAX + 1;
+        let parameters: [Parameter<'_>; 3] =
+            [(&multirange(places), Type::TEXT), (&topics, Type::TEXT_ARRAY), (&most, Type::INT8)];
+        let sql = self.tables.qualify(&COUNT_AT.replace("{at}", AT));
+        let row = client.query_typed_one(&sql, &parameters).await.map_err(log_error)?;
+        column(&row, 0)
+    }
+
+    async fn oldest_at(&self, client: &Client, places: &SeqSet, topics: &[String]) -> Result<Option<i64>, LogError> {
+        let parameters: [Parameter<'_>; 2] = [(&multirange(places), Type::TEXT), (&topics, Type::TEXT_ARRAY)];
+        let sql = self.tables.qualify(&OLDEST_AT.replace("{at}", AT));
+        let row = client.query_typed_opt(&sql, &parameters).await.map_err(log_error)?;
+        Ok(row.map(|row| column::<Micros>(&row, 0)).transpose()?.map(|micros| micros.0))
     }
 
     /// Of a role that may not see it, a transaction is passed over.
