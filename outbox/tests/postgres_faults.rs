@@ -23,8 +23,8 @@ use bus_core::{Event, OrderOnFailure, Seq};
 use database::{Database, server};
 use ledger::{UNCHECKED_MAX, check_ledger};
 use outbox::{
-    Acquire, Acquisition, LogAdmin, LogSource, Owned, PostgresLog, Progress, Relay, RelayConfig, SinkStatus, Start,
-    TopicPattern,
+    Acquire, Acquisition, LogAdmin, LogSource, Owned, PostgresLog, Progress, Relay, RelayConfig, RequestKind, Selected,
+    SinkStatus, Start, TopicPattern,
 };
 use private::Server;
 use support::{Running, ScriptedBus, config, event, ids, until, within};
@@ -195,6 +195,40 @@ async fn an_owner_that_freezes_within_a_transaction_is_taken_over_from() {
     assert!(frozen_at.elapsed() < Duration::from_secs(12), "took {:?}", frozen_at.elapsed());
     freezing.abort();
     running.stop().await;
+}
+
+/// The same of an operator's command: none keeps its locks, of the sink, of its set-aside events or of the log, for longer
+/// than a relay would. Catches the mutant whose commands set no limit: `acquire`, or each write of a set-aside event, failed
+/// until somebody ended the frozen process.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn an_operator_that_freezes_within_a_transaction_holds_up_nobody_for_long() {
+    let database = Database::create().await;
+    let owned = register(&*database.log("main").await, Start::Earliest).await;
+    database.log("main").await.release(&owned.lease).await.expect("it is released");
+    let all = Selected::default;
+    for sql in ["'retrying'", "DELETE FROM", "SET epoch_floor"] {
+        let switch = Switch::start(&address_of(&server()), Some(sql)).await;
+        let frozen = database.at(&switch.url(&server()));
+        let admin = frozen.admin().await;
+        let freezing = tokio::spawn(async move {
+            match sql {
+                "'retrying'" => admin.ask("main", RequestKind::Retry, &all(), None).await.map(drop),
+                "DELETE FROM" => admin.discard_unowned("main", &all()).await.map(drop),
+                _ => admin.remove_sink("main").await,
+            }
+        });
+        let idle = "SELECT count(DISTINCT pid) FROM pg_stat_activity JOIN pg_locks USING (pid) \
+             WHERE state = 'idle in transaction' AND mode IN ('RowShareLock', 'RowExclusiveLock') \
+             AND relation IN (SELECT oid FROM pg_class WHERE relnamespace = $1::text::regnamespace)";
+        let client = database.client().await;
+        let idle = async || client.query_one(idle, &[&database.schema]).await.expect("a count").get::<_, i64>(0);
+        until("it is frozen with a lock", async || idle().await > 0).await;
+        let frozen_at = Instant::now();
+        until("it is ended", async || idle().await == 0).await;
+        assert!(frozen_at.elapsed() < Duration::from_secs(12), "{sql}: took {:?}", frozen_at.elapsed());
+        freezing.abort();
+    }
 }
 
 /// A relay that runs while its database fails over to a standby that had not got everything: events that take the places

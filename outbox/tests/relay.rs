@@ -637,6 +637,10 @@ struct CountingLog {
     reads: AtomicU64,
     slow_reads: AtomicBool,
     refuse_acquires: AtomicU64,
+    /// The database is away.
+    away: AtomicBool,
+    /// How often a relay began to wait.
+    waits: AtomicU64,
 }
 
 impl CountingLog {
@@ -652,7 +656,18 @@ impl CountingLog {
             reads: zero(),
             slow_reads: AtomicBool::new(false),
             refuse_acquires: zero(),
+            away: AtomicBool::new(false),
+            waits: zero(),
         }
+    }
+}
+
+impl CountingLog {
+    fn check(&self) -> Result<(), LogError> {
+        if self.away.load(Ordering::SeqCst) {
+            return Err(LogError::new(LogErrorKind::Unavailable, "away, says the test"));
+        }
+        Ok(())
     }
 }
 
@@ -663,6 +678,7 @@ impl LogSource for CountingLog {
     }
 
     async fn fetch(&self, after: Seq, limit: PageLimit) -> Result<Page, LogError> {
+        self.check()?;
         let page = self.inner.fetch(after, limit).await?;
         self.rows.fetch_add(page.rows.len() as u64, Ordering::SeqCst);
         Ok(page)
@@ -696,6 +712,7 @@ impl LogSource for CountingLog {
     }
 
     async fn commit(&self, lease: &Lease, change: &Change) -> Result<(), LogError> {
+        self.check()?;
         if self.refuse_commits.load(Ordering::SeqCst) > 0 {
             self.refused.fetch_add(1, Ordering::SeqCst);
             return Err(LogError::new(LogErrorKind::Unavailable, "locked by the test"));
@@ -714,6 +731,7 @@ impl LogSource for CountingLog {
 
     async fn requests(&self) -> Result<Vec<Request>, LogError> {
         self.polls.fetch_add(1, Ordering::SeqCst);
+        self.check()?;
         self.inner.requests().await
     }
 
@@ -726,6 +744,32 @@ impl LogSource for CountingLog {
     }
 
     async fn changed(&self) {
+        self.waits.fetch_add(1, Ordering::SeqCst);
         self.inner.changed().await;
     }
+}
+
+/// Catches the mutants whose relay waits for what is due of a log that is not to be tried before long: it turned a thousand
+/// times a second; and that does not go on when that time has come.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_whose_log_is_away_waits_and_does_not_spin() {
+    let (shop, bus) = (Shop::open().await, ScriptedBus::new(FAIL_STOP));
+    let log = Arc::new(CountingLog::new(shop.log("main").await));
+    let retry =
+        RetryPolicy { attempts: 3, backoff_min: Duration::from_millis(500), backoff_max: Duration::from_millis(500) };
+    let config = RelayConfig { retry, lease: Duration::from_secs(1), ..config() };
+    let relay = Relay::new(Arc::<CountingLog>::clone(&log) as Arc<dyn LogSource>, bus.arc(), config).expect("a relay");
+    let running = Running::start(relay);
+    shop.append(events(1, 1)).await;
+    bus.until_stored(1).await;
+    log.away.store(true, Ordering::SeqCst);
+    until("it was met away", async || log.polls.load(Ordering::SeqCst) > 1).await;
+    let before = log.waits.load(Ordering::SeqCst);
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let waits = log.waits.load(Ordering::SeqCst) - before;
+    assert!(waits < 100, "it turned {waits} times in two seconds");
+    log.away.store(false, Ordering::SeqCst);
+    shop.append([event("key-0", 1)]).await;
+    bus.until_stored(2).await;
+    running.stop().await;
 }

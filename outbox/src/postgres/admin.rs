@@ -7,7 +7,7 @@ use bus_core::{Seq, SeqSet, Timestamp};
 use tokio_postgres::{Client, IsolationLevel, Row, Transaction, types::Type};
 
 use super::{
-    LOCKED, Parameter, PostgresLog, column, log_error, timely,
+    LOCKED, Parameter, PostgresLog, begin, column, log_error, timely,
     values::{COLUMNS, Micros, like, multirange, parse_multirange},
 };
 use crate::{
@@ -182,7 +182,7 @@ impl PostgresLog {
         selected: &Selected,
         rate: Option<u32>,
     ) -> Result<i64, LogError> {
-        let transaction = client.transaction().await.map_err(log_error)?;
+        let transaction = begin(client).await?;
         let parameters: [Parameter<'_>; 5] = [
             (&LOG, Type::TEXT),
             (&sink, Type::TEXT),
@@ -356,10 +356,6 @@ impl PostgresLog {
         let row = client.query_typed_opt(&self.tables.qualify(OLDEST), &parameters).await.map_err(log_error)?;
         Ok(row.map(|row| column::<Micros>(&row, 0)).transpose()?.map(|micros| micros.0))
     }
-}
-
-async fn begin(client: &mut Client) -> Result<Transaction<'_>, LogError> {
-    client.build_transaction().isolation_level(IsolationLevel::ReadCommitted).start().await.map_err(log_error)
 }
 
 /// The parameters of a statement about chosen set-aside events of a sink.

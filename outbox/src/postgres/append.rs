@@ -1,5 +1,7 @@
 //! Appending within a transaction of PostgreSQL, whatever client has it.
 
+use std::{future::poll_fn, pin::pin, task::Poll};
+
 use async_trait::async_trait;
 use bus_core::{Timestamp, mutant};
 use tokio_postgres::{
@@ -142,13 +144,30 @@ pub(super) async fn insert_and_commit(transaction: Transaction<'_>, insert: &Ins
     // already there by rolling back.
     let last = Insert { events: last, ..*insert };
     let (inserted, committed) = match mutant("insert-awaited-first") {
-        false => tokio::join!(biased; insert_by(client, &last), client.batch_execute("COMMIT")),
+        false => match sent_one_after_the_other(insert_by(client, &last), client.batch_execute("COMMIT")).await {
+            Ok(answers) => answers,
+            // The client refused to send it: there is nothing to commit.
+            Err(refused) => return refused.map_err(|error| error.behind(before.len())),
+        },
         true => (insert_by(client, &last).await, client.batch_execute("COMMIT").await),
     };
     // It is over, whatever the answers: the ROLLBACK that a drop would send is for nothing.
     std::mem::forget(transaction);
     inserted.map_err(|error| error.behind(before.len()))?;
     committed.map_err(|error| AppendError::new(0, log_error(error)))
+}
+
+/// Runs `second` beside `first` once that waits for an answer, and not at all where it is over before: then it has sent
+/// nothing, and `Err` has what it says.
+async fn sent_one_after_the_other<A, B>(
+    first: impl Future<Output = A>,
+    second: impl Future<Output = B>,
+) -> Result<(A, B), A> {
+    let mut first = pin!(first);
+    if let Poll::Ready(refused) = poll_fn(|context| Poll::Ready(first.as_mut().poll(context))).await {
+        return Err(refused);
+    }
+    Ok(tokio::join!(biased; first, second))
 }
 
 #[async_trait]
@@ -293,5 +312,28 @@ pub(super) mod with_diesel {
             _ => LogErrorKind::Invalid,
         };
         LogError::with_source(kind, format!("PostgreSQL refuses the statement: {error}"), error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::Cell, future::ready};
+
+    use super::*;
+
+    /// Events that no message can hold are refused by the client, which sends nothing then. Catches the mutant that joins
+    /// the two: the COMMIT alone would commit the business transaction without its events.
+    #[tokio::test]
+    async fn what_was_not_sent_is_not_committed() {
+        let committed = Cell::new(false);
+        let commit = async { committed.set(true) };
+        assert_eq!(sent_one_after_the_other(ready("too large"), commit).await, Err("too large"));
+        assert!(!committed.get());
+        let insert = async {
+            tokio::task::yield_now().await;
+            committed.get()
+        };
+        let commit = async { committed.set(true) };
+        assert_eq!(sent_one_after_the_other(insert, commit).await, Ok((true, ())), "the commit waits for the answer");
     }
 }

@@ -3,7 +3,7 @@
 use std::{fmt, str::FromStr, time::Duration};
 
 use tokio::sync::watch;
-use tokio_postgres::{Client, Config, NoTls, config::SslMode};
+use tokio_postgres::{Client, Config, NoTls, SimpleQueryMessage, config::SslMode};
 use url::{Url, form_urlencoded};
 
 use super::{
@@ -58,7 +58,10 @@ impl PostgresConfig {
     pub fn from_url(url: &str) -> Result<Self, LogError> {
         let invalid = |message: String| LogError::new(LogErrorKind::Invalid, message);
         let shape = || invalid("a PostgreSQL URL is written postgres://user:password@host:port/database".to_owned());
-        let mut parsed = Url::parse(url).map_err(|_| shape())?;
+        // In a form `+` is a space; libpq and the client know only percent signs.
+        let (place, query) = url.split_once('?').unwrap_or((url, ""));
+        let mut parsed = Url::parse(place).map_err(|_| shape())?;
+        parsed.set_query(Some(&query.replace('+', "%2B")));
         if !matches!(parsed.scheme(), "postgres" | "postgresql") || parsed.host_str().is_none_or(str::is_empty) {
             return Err(shape());
         }
@@ -132,6 +135,29 @@ impl PostgresConfig {
             unreachable!("a build without TLS has returned")
         };
         tokio::time::timeout(CONNECT_TIMEOUT, connecting).await.unwrap_or_else(|_| Err(timed_out("connecting")))
+    }
+
+    /// Opens a connection for our own statements, which run in `READ COMMITTED` whatever the role has set. Under
+    /// `SERIALIZABLE` a checkpoint, and whoever wants to take over, would fail again and again as long as somebody else's
+    /// serializable transaction stays open, and reading would fail transactions of those who append.
+    pub(super) async fn connect_for_log(&self) -> Result<Client, LogError> {
+        let client = self.connect().await?;
+        let rows = client.simple_query("SHOW default_transaction_isolation").await.map_err(log_error)?;
+        let is_other = |message: &SimpleQueryMessage| matches!(message, SimpleQueryMessage::Row(row) if row.get(0) != Some("read committed"));
+        if !rows.iter().any(is_other) {
+            return Ok(client);
+        }
+        let mut own = self.clone();
+        let options = self.config.get_options().unwrap_or_default();
+        own.config.options(format!("{options} -c default_transaction_isolation=read\\ committed"));
+        match own.connect().await {
+            // Of a pooler's connections others would have it too; it refuses to set it.
+            Err(error) if error.kind() == LogErrorKind::Unavailable || error.kind() == LogErrorKind::Invalid => {
+                tracing::debug!(%error, "the connection keeps the role's default_transaction_isolation");
+                Ok(client)
+            }
+            opened => opened,
+        }
     }
 
     /// Listens on a connection of its own until it ends, and passes on what it hears.
@@ -229,9 +255,16 @@ mod tests {
         assert_eq!(config.tls, Tls { mode: TlsMode::VerifyFull, root: Some("a.crt".to_owned()) });
         let shown = format!("{config:?}");
         assert!(shown.contains("shop") && !shown.contains("s3cret"), "{shown}");
-        let options = "postgres://db/shop?options=-c%20timezone%3DUTC&sslmode=disable&application_name=a+b";
-        let config = PostgresConfig::from_url(options).unwrap().config;
-        assert_eq!((config.get_options(), config.get_application_name()), (Some("-c timezone=UTC"), Some("a+b")));
+    }
+
+    /// Catches the mutants that pass a space on as `+`, as a form has it, and that read a `+` as a space.
+    #[test]
+    fn a_space_and_a_plus_in_a_parameter_stay_what_they_are() {
+        let url = "postgres://db/shop?options=-c%20a=b&application_name=a+b&sslrootcert=/etc/a+b%20c.crt";
+        let config = PostgresConfig::from_url(url).unwrap();
+        assert_eq!(config.config.get_options(), Some("-c a=b"));
+        assert_eq!(config.config.get_application_name(), Some("a+b"));
+        assert_eq!(config.tls.root.as_deref(), Some("/etc/a+b c.crt"));
     }
 
     #[test]

@@ -28,9 +28,10 @@ use std::{
     time::Duration,
 };
 
+use bus_core::mutant;
 use tokio::sync::{Mutex, MutexGuard};
 use tokio_postgres::{
-    Client, Row,
+    Client, IsolationLevel, Row, Transaction,
     types::{ToSql, Type},
 };
 
@@ -56,6 +57,15 @@ const LOCKED: &str = "locktype = 'relation' \
 
 /// The server's timeline, which a promotion changes.
 const TIMELINE: &str = "substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)";
+
+/// Longest wait for another who writes the same row; and for ourselves: who freezes within a transaction, or whose machine
+/// is gone, must not hold up the others. And it waits for the disk, whatever the role's transactions do: one who owns a log
+/// owns it after a crash of the database too.
+const TRANSACTION: &str = "SELECT set_config('lock_timeout', '5s', true), \
+     set_config('idle_in_transaction_session_timeout', '5s', true), set_config('synchronous_commit', {durable}, true)";
+
+/// What the role has set, such as `remote_apply`, but no less than the disk.
+const DURABLE: &str = "replace(current_setting('synchronous_commit'), 'off', 'on')";
 
 /// How long a statement may take before its connection counts as broken.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(30);
@@ -158,7 +168,7 @@ impl Slot {
     async fn lock(&self) -> Result<Held<'_>, LogError> {
         let mut guard = self.client.lock().await;
         if guard.as_ref().is_none_or(Client::is_closed) {
-            *guard = Some(self.config.connect().await?);
+            *guard = Some(self.config.connect_for_log().await?);
         }
         Ok(Held(guard))
     }
@@ -181,6 +191,17 @@ impl Held<'_> {
 /// Gives up on a server that does not answer.
 async fn timely<T>(work: impl Future<Output = Result<T, LogError>>) -> Result<T, LogError> {
     tokio::time::timeout(STATEMENT_TIMEOUT, work).await.unwrap_or_else(|_| Err(error::timed_out("a statement")))
+}
+
+/// Begins a transaction that writes.
+async fn begin(client: &mut Client) -> Result<Transaction<'_>, LogError> {
+    // A standby refuses to begin one that is to write with a code that says nothing: it is told by the first write.
+    let begin = client.build_transaction().isolation_level(IsolationLevel::ReadCommitted);
+    let transaction = begin.start().await.map_err(log_error)?;
+    if !mutant("frozen-owner-stays") {
+        transaction.query_typed(&TRANSACTION.replace("{durable}", DURABLE), &[]).await.map_err(log_error)?;
+    }
+    Ok(transaction)
 }
 
 /// A column of a row that we selected; one that is not what we selected is damaged.

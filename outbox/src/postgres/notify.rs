@@ -24,8 +24,9 @@ const DEBOUNCE: Duration = Duration::from_millis(1);
 const RECONNECT: Duration = Duration::from_secs(1);
 
 const LISTEN: &str = "LISTEN \"{schema}.outbox\"";
-/// Need not wait for the disk: a notification that a crash swallows is found by polling.
-const NOTIFY: &str = "SELECT pg_notify('{schema}.outbox', ''), set_config('synchronous_commit', 'off', false)";
+/// Need not wait for the disk: a notification that a crash swallows is found by polling. Set for this transaction only:
+/// behind a pooler the connection is handed to business transactions next.
+const NOTIFY: &str = "SELECT pg_notify('{schema}.outbox', ''), set_config('synchronous_commit', 'off', true)";
 
 /// Tells relays in other processes that something was committed.
 #[derive(Debug)]

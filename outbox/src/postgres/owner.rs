@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use bus_core::{LogId, Position, Seq, SeqSet, Text, failpoint, mutant};
-use tokio_postgres::{Client, IsolationLevel, Row, Transaction, types::Type};
+use tokio_postgres::{Client, Row, types::Type};
 use uuid::Uuid;
 
 use super::{
-    Parameter, TIMELINE, Tables, column, log_error,
+    DURABLE, Parameter, TIMELINE, Tables, begin, column, log_error,
     values::{Micros, like, multirange, parse_multirange},
 };
 use crate::{
@@ -18,10 +18,6 @@ use crate::{
     rows::{LOG, damaged, fenced, json, parse, signed},
 };
 
-/// Longest wait for another who writes the same row; and for ourselves: an owner that freezes within a transaction, or
-/// whose machine is gone, must not keep the others from taking over.
-const TIMEOUTS: &str = "SELECT set_config('lock_timeout', '5s', true), \
-     set_config('idle_in_transaction_session_timeout', '5s', true)";
 /// Whoever registers a sink or removes rows holds this row: a sink never begins at a row that is just going.
 const LOG_ROW: &str = "SELECT log_id, epoch_floor FROM {p}log WHERE name = $1 FOR UPDATE";
 const LEASED: &str = "SELECT owner, extract(epoch FROM lease_until - clock_timestamp())::float8 FROM {p}cursor \
@@ -51,7 +47,7 @@ const CHECKPOINT: &str = "UPDATE {p}cursor SET low = $3, \
      high_id = CASE WHEN high = $4 THEN coalesce($5, high_id) ELSE $5 END, high = $4, \
      holes = $6::text::int8multirange, sink_pos = $7::text::jsonb, blocked = $8::text::jsonb, \
      lease_until = clock_timestamp() + make_interval(secs => $9) \
-     FROM (SELECT set_config('synchronous_commit', $11, true)) mode \
+     FROM (SELECT set_config('synchronous_commit', CASE WHEN $11 THEN {durable} ELSE 'off' END, true)) mode \
      WHERE log = $1 AND sink = $2 AND epoch = $10 AND right(history, 8) = {timeline} \
      RETURNING pg_current_xact_id()::text";
 const RELEASE: &str =
@@ -104,16 +100,6 @@ struct Cursor {
 }
 
 impl Owner<'_> {
-    async fn begin(&mut self) -> Result<Transaction<'_>, LogError> {
-        // A standby refuses to begin one that is to write with a code that says nothing: it is told by the first write.
-        let begin = self.client.build_transaction().isolation_level(IsolationLevel::ReadCommitted);
-        let transaction = begin.start().await.map_err(log_error)?;
-        if !mutant("frozen-owner-stays") {
-            transaction.query_typed(TIMEOUTS, &[]).await.map_err(log_error)?;
-        }
-        Ok(transaction)
-    }
-
     /// Answers the server's timeline too, where it took the log.
     pub(super) async fn acquire(&mut self, request: &Acquire) -> Result<(Acquisition, Option<String>), LogError> {
         let (tables, sink) = (self.tables, self.sink);
@@ -121,7 +107,7 @@ impl Owner<'_> {
         if let Some(standby) = leased(self.client, tables, sink).await? {
             return Ok((standby, None));
         }
-        let transaction = self.begin().await?;
+        let transaction = begin(self.client).await?;
         let client = transaction.client();
         let (log_id, epoch_floor) = log_row(client, tables).await?;
         let found = cursor_row(client, tables, sink).await?;
@@ -181,7 +167,7 @@ impl Owner<'_> {
         if change.is_checkpoint_only() {
             return checkpoint(self.client, tables, sink, lease, change).await;
         }
-        let transaction = self.begin().await?;
+        let transaction = begin(self.client).await?;
         let client = transaction.client();
         let xid = checkpoint(client, tables, sink, lease, change).await?;
         write_set_aside(client, tables, sink, change).await?;
@@ -220,7 +206,7 @@ impl Owner<'_> {
         rows_max: usize,
     ) -> Result<Pruned, LogError> {
         let tables = self.tables;
-        let transaction = self.begin().await?;
+        let transaction = begin(self.client).await?;
         let client = transaction.client();
         let elect: [Parameter<'_>; 2] = [(&LOG, Type::TEXT), (&janitor, Type::TEXT)];
         let row = client.query_typed_opt(&tables.qualify(JANITOR_ROW), &elect).await.map_err(log_error)?;
@@ -426,9 +412,9 @@ async fn checkpoint(
         (&json(&change.blocked), Type::TEXT),
         (&lease.ttl.as_secs_f64(), Type::FLOAT8),
         (&signed(lease.epoch), Type::INT8),
-        (&if change.durable { "on" } else { "off" }, Type::TEXT),
+        (&change.durable, Type::BOOL),
     ];
-    let sql = CHECKPOINT.replace("{timeline}", TIMELINE);
+    let sql = CHECKPOINT.replace("{timeline}", TIMELINE).replace("{durable}", DURABLE);
     let sql = match (mutant("stale-epoch-writes"), mutant("bound-by-xmax")) {
         (true, _) => sql.replace("epoch = $10", "epoch >= $10"),
         (_, true) => sql.replace("pg_current_xact_id()", "pg_snapshot_xmax(pg_current_snapshot())"),

@@ -9,7 +9,7 @@ use std::{
 use async_trait::async_trait;
 use bus_core::{Seq, SeqSet, failpoint, mutant};
 use futures_util::TryStreamExt;
-use tokio_postgres::{Client, types::Type};
+use tokio_postgres::{Client, error::SqlState, types::Type};
 
 use super::{
     LOCKED, Parameter, PostgresLog, TIMELINE, column,
@@ -17,12 +17,12 @@ use super::{
     log_error,
     owner::{Owner, drawn},
     timely,
-    values::{COLUMNS, multirange},
+    values::{COLUMNS, EVENT_COLUMNS, multirange},
 };
 use crate::{
     Acquire, Acquisition, Change, DeadRow, Lease, LogError, LogErrorKind, LogSource, Page, PageLimit, Probe, Pruned,
     ReadRows, Request, Row, Selected,
-    rows::{Decoder, signed},
+    rows::{Decoder, damaged, signed},
 };
 
 /// Shortest and longest pause between two looks at whether somebody drew a place without a notification.
@@ -41,8 +41,9 @@ const READ: &str = "SELECT {columns} FROM unnest($1::text::int8multirange) AS wa
      (SELECT * FROM {p}outbox WHERE seq >= lower(places) AND seq < upper(places) ORDER BY seq LIMIT $2) found \
      WHERE {same} ORDER BY seq LIMIT $2";
 /// Nothing is read on another timeline than the log was taken on: places may have been drawn again there, and an event at
-/// a later one would overtake them. The next checkpoint or renewal tells the owner. Looked at once in a statement.
-const SAME_TIMELINE: &str = "($3 = '' OR $3 = (SELECT {timeline}))";
+/// a later one would overtake them. An answer without rows would say that there are none: a division by zero says this.
+/// Looked at once in a statement.
+const SAME_TIMELINE: &str = "1 / ($3 = '' OR $3 = (SELECT {timeline}))::int4 = 1";
 /// With the oldest transaction that was not over in that view; one row without a place where nothing is visible.
 const PROBE: &str = "SELECT found.*, pg_snapshot_xmin(pg_current_snapshot())::text FROM (SELECT 1) once \
      LEFT JOIN ({read}) found ON true";
@@ -163,6 +164,8 @@ impl LogSource for PostgresLog {
 struct Found {
     rows: Vec<Row>,
     is_cut: bool,
+    /// Every transaction below it was over in the view of a probe.
+    xmin: u64,
 }
 
 impl Found {
@@ -242,10 +245,16 @@ impl PostgresLog {
         let count = i64::try_from(max).unwrap_or(i64::MAX);
         let timeline = self.timeline();
         let parameters: [Parameter<'_>; 3] = [first, (&count, Type::INT8), (&timeline, Type::TEXT)];
-        let mut stream = std::pin::pin!(client.query_typed_raw(sql, parameters).await.map_err(log_error)?);
+        let mut stream = std::pin::pin!(client.query_typed_raw(sql, parameters).await.map_err(read_error)?);
         let (mut rows, mut decoder, mut bytes) = (Vec::new(), Decoder::default(), 0);
-        let mut is_cut = false;
-        while let Some(row) = stream.try_next().await.map_err(log_error)? {
+        let (mut is_cut, mut xmin) = (false, 0);
+        while let Some(row) = stream.try_next().await.map_err(read_error)? {
+            if row.len() > EVENT_COLUMNS {
+                xmin = column::<&str>(&row, EVENT_COLUMNS)?.parse().map_err(|error| damaged("xmin", error))?;
+                if column::<Option<i64>>(&row, 0)?.is_none() {
+                    break;
+                }
+            }
             let row = decoder.row(&row)?;
             bytes += row.size_bytes();
             rows.push(row);
@@ -257,7 +266,7 @@ impl PostgresLog {
         if !rows.is_empty() {
             self.row_bytes.store(bytes / rows.len(), Ordering::Relaxed);
         }
-        Ok(Found { rows, is_cut })
+        Ok(Found { rows, is_cut, xmin })
     }
 
     async fn probe_on(&self, client: &Client, unseen: &SeqSet, limit: PageLimit) -> Result<Probe, LogError> {
@@ -269,22 +278,21 @@ impl PostgresLog {
             self.gaps().read_locks(&holders, Instant::now());
         }
         let sql = self.reading(&PROBE.replace("{read}", READ));
-        let max = self.rows_max(limit);
-        let (places, count) = (multirange(unseen), i64::try_from(max).unwrap_or(i64::MAX));
-        let timeline = self.timeline();
-        let parameters: [Parameter<'_>; 3] = [(&places, Type::TEXT), (&count, Type::INT8), (&timeline, Type::TEXT)];
-        let found = client.query_typed(&sql, &parameters).await.map_err(log_error)?;
-        let xmin = found.first().map_or(Ok("0"), |row| column(row, 11))?;
-        let xmin: u64 = xmin.parse().map_err(|error| crate::rows::damaged("xmin", error))?;
-        let mut decoder = Decoder::default();
-        let visible = found.iter().filter(|row| matches!(row.try_get::<_, Option<i64>>(0), Ok(Some(_))));
-        let rows = visible.map(|row| decoder.row(row)).collect::<Result<Vec<_>, _>>()?;
-        let found = Found { is_cut: rows.len() >= max, rows };
+        let found = self.read_rows(client, &sql, (&multirange(unseen), Type::TEXT), limit).await?;
         let through = found.through(unseen);
         let seen: SeqSet = found.rows.iter().map(|row| row.seq).collect();
-        let dead = self.gaps().probed(&unseen.within(Seq::ZERO, through), &seen, xmin);
+        let dead = self.gaps().probed(&unseen.within(Seq::ZERO, through), &seen, found.xmin);
         Ok(Probe { rows: found.rows, dead, through })
     }
+}
+
+/// What a statement with [`SAME_TIMELINE`] answers: nothing else in it divides.
+fn read_error(error: tokio_postgres::Error) -> LogError {
+    if error.code() == Some(&SqlState::DIVISION_BY_ZERO) {
+        let message = "the server is on another timeline than the log was taken on: it failed over";
+        return LogError::with_source(LogErrorKind::Fenced, message, error);
+    }
+    log_error(error)
 }
 
 async fn lock_holders(client: &Client, sql: &str) -> Result<BTreeSet<Holder>, LogError> {

@@ -17,6 +17,8 @@ use crate::{
 /// The columns of an event, as [`EventRow`] has them.
 pub(super) const COLUMNS: &str =
     "seq, id, topic, key, type, source, subject, content_type, extensions::text, time, data";
+/// How many they are.
+pub(super) const EVENT_COLUMNS: usize = 11;
 
 /// Microseconds between 1970 and 2000, where PostgreSQL's clock begins.
 const EPOCH: i64 = 946_684_800_000_000;

@@ -346,7 +346,13 @@ impl Relay {
     async fn work(&mut self, until: Until) -> Result<(), RelayError> {
         let target = match until {
             Until::Shutdown => None,
-            Until::CaughtUp => Some(self.last_seq().await?),
+            Until::CaughtUp => {
+                let target = self.last_seq().await?;
+                if let Some(session) = &mut self.session {
+                    session.look_again();
+                }
+                Some(target)
+            }
         };
         let started = Instant::now();
         loop {

@@ -188,6 +188,7 @@ impl Session {
     /// Does what can be done without waiting for others; answers whether that was anything.
     pub(super) async fn turn(&mut self) -> Result<bool, End> {
         self.clock.ripen(now(), self.log.write_delay());
+        self.log_due = self.log_due.filter(|due| now() < *due);
         let mut worked = self.poll(&mut Context::from_waker(Waker::noop()));
         worked |= self.stored()?;
         worked |= self.mend_writer().await?;
@@ -221,19 +222,22 @@ impl Session {
     }
 
     fn next_due(&self) -> Instant {
-        let mut due = self.poll_due;
-        let mut earlier = |other: Option<Instant>| due = due.min(other.unwrap_or(due));
-        earlier(self.log_due);
-        earlier(self.gap_due);
-        earlier(self.prune_due);
-        earlier(self.operator.next_due());
-        // Without a lease nothing is handed over, however long it has been due.
-        earlier(self.lanes.next_due().filter(|_| self.clock.is_held(now())));
+        // What needs the log, in the order in which it is due.
+        let mut of_log = self.poll_due.min(self.gap_due.unwrap_or(self.poll_due));
+        of_log = of_log.min(self.operator.next_due().unwrap_or(of_log));
         // While a write is under way, no other one is due.
         if !self.storing.is_busy() {
-            earlier(Some(self.clock.renewal_due()));
-            earlier((self.unwritten() > 0).then(|| self.checkpoint.1 + self.log.checkpoint_interval()));
+            of_log = of_log.min(self.clock.renewal_due());
+            if self.unwritten() > 0 {
+                of_log = of_log.min(self.checkpoint.1 + self.log.checkpoint_interval());
+            }
         }
+        // Before the log is tried again, nothing of that can be done, however long it has been due.
+        let mut due = self.log_due.unwrap_or(of_log);
+        let mut earlier = |other: Option<Instant>| due = due.min(other.unwrap_or(due));
+        earlier(self.prune_due);
+        // Without a lease nothing is handed over, however long it has been due.
+        earlier(self.lanes.next_due().filter(|_| self.clock.is_held(now())));
         // A time that has passed and changed nothing is not waited for in a tight loop.
         due.max(now() + Duration::from_millis(1))
     }
@@ -649,6 +653,12 @@ impl Session {
     }
 
     // ---- The end.
+
+    /// Forgets what was read and not taken yet: it may be older than what is to be read now.
+    pub(super) fn look_again(&mut self) {
+        (self.fetching, self.fetched) = (Running::nothing(), None);
+        (self.fetch_wanted, self.at_end) = (true, false);
+    }
 
     /// Whether everything up to `target` needs nothing more, and operators ask for nothing.
     pub(super) fn has_caught_up(&mut self, target: Seq) -> bool {
