@@ -5,14 +5,23 @@
 mod database;
 mod support;
 
-use std::{env, time::Duration};
+use std::{
+    env,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use bus_core::{Event, OrderOnFailure, Seq, SeqSet};
 use database::{Database, server};
 use outbox::{
-    Acquire, Acquisition, Change, LogErrorKind, LogSource, Owned, PageLimit, Relay, RelayConfig, Start, TopicPattern,
+    Acquire, Acquisition, Change, LogAdmin, LogErrorKind, LogSource, Owned, PageLimit, Relay, RelayConfig, RequestKind,
+    Selected, Start, TopicPattern,
 };
-use support::{ScriptedBus, config, event, until, within};
+use support::{Running, ScriptedBus, config, event, until, within};
+use tokio::net::{TcpListener, TcpStream};
 
 const ALL: PageLimit = PageLimit { events: 1_000, bytes: 1 << 20 };
 
@@ -243,4 +252,93 @@ async fn our_statements_are_read_committed_whatever_the_role_has_set() {
     let rows = plain.client().await.query(&plain.sql("SELECT mode FROM {p}mode"), &[]).await.expect("modes");
     let modes: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
     assert_eq!(modes, ["read committed"; 6]);
+}
+
+/// What docs/postgres.md grants is enough for all that a service, a relay and an operator do. Catches a statement that needs
+/// more, and a grant that is taken away.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn the_documented_grants_are_enough() {
+    let database = Database::create().await;
+    let (shop, relay, operator) =
+        (format!("{}_shop", database.schema), format!("{}_relay", database.schema), format!("{}_op", database.schema));
+    let docs = include_str!("../../docs/postgres.md");
+    let grants: String = docs.lines().filter(|line| line.starts_with("GRANT ")).collect::<Vec<_>>().join("\n");
+    let grants = |shop: &str, relay: &str| {
+        let grants = grants.replace("outbus", &database.schema);
+        grants.replace("TO shop;", &format!("TO {shop};")).replace("TO relay;", &format!("TO {relay};"))
+    };
+    for role in [&shop, &relay, &operator] {
+        database.run(&format!("CREATE ROLE {role} LOGIN PASSWORD '{role}'")).await;
+    }
+    database.run(&grants(&shop, &relay)).await;
+    database.run(&grants(&shop, &operator)).await;
+    database.run(&database.sql(&format!("REVOKE DELETE ON {{p}}outbox FROM {operator}"))).await;
+    let place = server().split('@').nth(1).expect("an address").to_owned();
+    let of = |role: &str| database.at(&format!("postgres://{role}:{role}@{place}"));
+
+    let bus = ScriptedBus::new(OrderOnFailure::FailStop);
+    bus.refuse("a-0");
+    of(&shop).append((0..1_200).map(|n| event("b", n)).chain([event("a", 0), event("a", 1)])).await;
+    let config = RelayConfig { retention: Some(Duration::ZERO), ..config() };
+    let relayed = of(&relay);
+    let mut first = Relay::new(relayed.log("main").await, bus.arc(), config.clone()).expect("a relay");
+    within("an end", first.run_once(std::future::pending())).await.expect("an orderly end");
+    assert_eq!(bus.stored().len(), 1_200);
+    let admin = of(&operator).admin().await;
+    assert_eq!(admin.status().await.expect("a status")[0].parked, 2);
+    let all = Selected::default();
+    bus.rule(|_| None);
+    admin.ask("main", RequestKind::Retry, &all, None).await.expect("a request");
+    let mut second = Relay::new(relayed.log("main").await, bus.arc(), config).expect("a relay");
+    within("an end", second.run_once(std::future::pending())).await.expect("an orderly end");
+    assert_eq!(bus.stored().len(), 1_202);
+    until("rows are removed", async || {
+        relayed.log("main").await.prune("test", Duration::ZERO, 5_000).await.expect("a janitor");
+        database.committed().await.is_empty()
+    })
+    .await;
+    assert_eq!(admin.discard_unowned("main", &all).await.expect("an answer"), Some(0));
+    admin.remove_sink("main").await.expect("it is removed");
+    drop((first, second, admin));
+    for role in [&shop, &relay, &operator] {
+        database.run(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await;
+    }
+}
+
+/// A relay waits ever so shortly while a connection takes longer to be opened; that is finished all the same. Catches the
+/// mutant whose wait drops a connection that is being opened: it opened one after the other, for ever.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs PostgreSQL: cargo xtask test"]
+async fn connections_that_take_long_are_opened_once() {
+    let plain = Database::create().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    let target = server().split(['@', '/', '?']).nth(3).expect("an address in the URL").to_owned();
+    let slow = plain.at(&format!(
+        "{}?sslmode=disable",
+        server().split('?').next().unwrap_or_default().replace(&target, &format!("127.0.0.1:{port}"))
+    ));
+    let accepted = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&accepted);
+    tokio::spawn(async move {
+        while let Ok((mut near, _)) = listener.accept().await {
+            count.fetch_add(1, Ordering::SeqCst);
+            let target = target.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                let mut far = TcpStream::connect(target).await.expect("the server");
+                let _ended = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+            });
+        }
+    });
+    let bus = ScriptedBus::new(OrderOnFailure::FailStop);
+    let relay = Relay::new(slow.log("main").await, bus.arc(), config()).expect("a relay");
+    let running = Running::start(relay);
+    plain.append([event("a", 0)]).await;
+    bus.until_stored(1).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let accepted = accepted.load(Ordering::SeqCst);
+    assert!(accepted <= 5, "{accepted} connections");
+    running.stop().await;
 }

@@ -167,7 +167,8 @@ async fn sent_one_after_the_other<A, B>(
     if let Poll::Ready(refused) = poll_fn(|context| Poll::Ready(first.as_mut().poll(context))).await {
         return Err(refused);
     }
-    Ok(tokio::join!(biased; first, second))
+    let (second, first) = tokio::join!(biased; second, first);
+    Ok((first, second))
 }
 
 #[async_trait]

@@ -20,6 +20,8 @@ use std::{
 
 use bus_core::{SeqSet, mutant};
 
+use crate::Row;
+
 /// Gaps as young as this are only probed: most are filled by a commit that is under way.
 const LOCKS_AFTER: Duration = Duration::from_millis(20);
 /// How often the locks are read while gaps are young, and when they are old.
@@ -133,6 +135,17 @@ impl Gaps {
         }
         self.groups.retain(|group| !group.places.is_empty());
         dead
+    }
+
+    /// Rows were fetched, ascending, beside any probe: a reader that gave them up before has their places as gaps still.
+    pub(super) fn fetched(&mut self, rows: &[Row]) {
+        let Some(first) = rows.first() else { return };
+        for group in self.groups.iter_mut().filter(|group| group.places.last() >= Some(first.seq)) {
+            rows.iter().for_each(|row| {
+                group.places.remove(row.seq);
+            });
+        }
+        self.groups.retain(|group| !group.places.is_empty());
     }
 
     /// What was seen so far: to be told to [`bound`](Gaps::bound) by a transaction that begins now.

@@ -29,7 +29,10 @@ use std::{
 };
 
 use bus_core::mutant;
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::{
+    sync::{Mutex, MutexGuard},
+    task::JoinHandle,
+};
 use tokio_postgres::{
     Client, IsolationLevel, Row, Transaction,
     types::{ToSql, Type},
@@ -96,7 +99,7 @@ pub struct PostgresLog {
 
 impl PostgresLog {
     fn closed(config: &PostgresConfig, tables: Tables, sink: &str) -> Self {
-        let slot = || Slot { config: config.clone(), client: Mutex::new(None) };
+        let slot = || Slot { config: config.clone(), connection: Mutex::default() };
         Self {
             tables,
             sink: sink.to_owned(),
@@ -159,16 +162,35 @@ impl fmt::Debug for PostgresLog {
 /// A connection that is opened when it is needed, and again after it failed.
 struct Slot {
     config: PostgresConfig,
-    client: Mutex<Option<Client>>,
+    connection: Mutex<Connection>,
 }
 
-struct Held<'a>(MutexGuard<'a, Option<Client>>);
+#[derive(Default)]
+struct Connection {
+    client: Option<Client>,
+    /// It is opened by a task, which whoever waited for it need not outlive: one who waits ever so shortly, again and
+    /// again, would open one after the other.
+    opening: Option<JoinHandle<Result<Client, LogError>>>,
+}
+
+struct Held<'a>(MutexGuard<'a, Connection>);
 
 impl Slot {
     async fn lock(&self) -> Result<Held<'_>, LogError> {
-        let mut guard = self.client.lock().await;
-        if guard.as_ref().is_none_or(Client::is_closed) {
-            *guard = Some(self.config.connect_for_log().await?);
+        let mut guard = self.connection.lock().await;
+        if guard.client.as_ref().is_none_or(Client::is_closed) {
+            let config = &self.config;
+            let open = || {
+                let config = config.clone();
+                tokio::spawn(async move { config.connect_for_log().await })
+            };
+            let opened = guard.opening.get_or_insert_with(open).await;
+            guard.opening = None;
+            guard.client = Some(match opened {
+                Ok(opened) => opened?,
+                Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+                Err(_) => return Err(error::timed_out("the runtime ends")),
+            });
         }
         Ok(Held(guard))
     }
@@ -176,13 +198,13 @@ impl Slot {
 
 impl Held<'_> {
     fn get(&mut self) -> &mut Client {
-        self.0.as_mut().expect("it was opened by `lock`")
+        self.0.client.as_mut().expect("it was opened by `lock`")
     }
 
     /// After an error the connection is opened anew, whatever state it was left in.
     fn check<T>(mut self, result: Result<T, LogError>) -> Result<T, LogError> {
         if result.as_ref().is_err_and(|error| error.kind() != crate::LogErrorKind::Fenced) {
-            *self.0 = None;
+            self.0.client = None;
         }
         result
     }

@@ -67,7 +67,9 @@ impl LogSource for PostgresLog {
         let after = signed(after.0);
         let rows = timely(self.read_rows(held.get(), &sql, (&after, Type::INT8), limit)).await;
         // Writers draw places side by side: what is missing may become visible yet.
-        held.check(rows.map(|found| Page { rows: found.rows, gaps_are_dead: false }))
+        let found = held.check(rows)?;
+        self.gaps().fetched(&found.rows);
+        Ok(Page { rows: found.rows, gaps_are_dead: false })
     }
 
     async fn probe(&self, unseen: &SeqSet, limit: PageLimit) -> Result<Probe, LogError> {

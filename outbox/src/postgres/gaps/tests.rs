@@ -36,3 +36,22 @@ fn locks_are_read_for_gaps_that_stay_and_ever_less_often() {
     }
     assert!((60..160).contains(&reads), "{reads} reads in a minute");
 }
+
+/// A reader gives up rows from the top of a full page, and with them the gaps between; they are fetched later, and no probe
+/// tells of them. Catches the mutant that keeps such gaps for ever.
+#[test]
+fn gaps_that_were_fetched_are_forgotten() {
+    let row = |seq| Row { seq: Seq(seq), event: Err(no_event()) };
+    let (mut gaps, now) = (Gaps::default(), Instant::now());
+    gaps.see(&[1, 2, 3, 5].into_iter().map(Seq).collect(), now);
+    gaps.fetched(&[row(2), row(3), row(4)]);
+    let left: SeqSet = [1, 5].into_iter().map(Seq).collect();
+    assert_eq!(gaps.groups.iter().map(|group| group.places.clone()).collect::<Vec<_>>(), [left]);
+    gaps.fetched(&[row(1), row(5)]);
+    assert!(gaps.groups.is_empty());
+}
+
+fn no_event() -> crate::InvalidRow {
+    let error = bus_core::EventError::new("type", "none");
+    crate::InvalidRow { topic: None, key: None, error }
+}
