@@ -10,7 +10,7 @@ use std::{
 
 use bus::BusConfig;
 use bus_core::{Group, RetryPolicy, Topic, TopicSpec, Topology, url_options::parse_duration};
-use outbox::{OnFailure, RelayConfig, Start, TopicPattern};
+use outbox::{OnFailure, PostgresConfig, RelayConfig, Start, TopicPattern};
 use serde::{
     Deserialize, Deserializer,
     de::{self, MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer},
@@ -21,7 +21,7 @@ use crate::{database::Database, failure::Failure};
 /// The file that is read where none is named.
 const DEFAULT_FILE: &str = "outbus.toml";
 /// Sections and fields, by their paths, that a later build has.
-const LATER: [&str; 12] = [
+const LATER: [&str; 11] = [
     "http",
     "consumer",
     "bus.topology",
@@ -33,7 +33,6 @@ const LATER: [&str; 12] = [
     "bus.verify",
     "bus.kafka",
     "bus.redis",
-    "database.listen_url",
 ];
 
 /// Everything that can be configured.
@@ -221,6 +220,11 @@ impl Config {
         };
         let url = setting(flag, "OUTBUS_DATABASE_URL", &self.database.url)?.ok_or_else(missing)?;
         let listen_url = setting(None, "OUTBUS_DATABASE_LISTEN_URL", &self.database.listen_url)?;
+        // Which of the two is wrong must be told.
+        if let Some(listen_url) = &listen_url {
+            PostgresConfig::from_url(listen_url)
+                .map_err(|error| Failure::usage("config", format!("`database.listen_url`: {error}")))?;
+        }
         Database::from_url(&url, listen_url.as_deref())
     }
 

@@ -12,6 +12,8 @@ use crate::cli::Format;
 
 /// Longest text in a column whose contents anybody chooses.
 const COLUMN_MAX: usize = 60;
+/// Longest cell, in characters: an event's id fits, to be copied; what is no event may be any length.
+const CELL_MAX: usize = 300;
 
 /// Whether stderr shows colours: only on a terminal, and not where `NO_COLOR` asks for none.
 pub(crate) fn has_colour() -> bool {
@@ -54,7 +56,7 @@ impl Table {
     }
 
     pub(crate) fn row(&mut self, cells: Vec<String>) {
-        self.rows.push(cells.iter().map(|cell| printable(cell)).collect());
+        self.rows.push(cells.iter().map(|cell| cut_at(&printable(cell), CELL_MAX)).collect());
     }
 
     pub(crate) fn render(&self) -> String {
@@ -86,7 +88,11 @@ pub(crate) fn printable(text: &str) -> String {
 
 /// Text that is cut where it is longer than a column should be.
 pub(crate) fn cut(text: &str) -> String {
-    match text.char_indices().nth(COLUMN_MAX) {
+    cut_at(text, COLUMN_MAX)
+}
+
+fn cut_at(text: &str, chars_max: usize) -> String {
+    match text.char_indices().nth(chars_max) {
         Some((at, _)) => format!("{}…", &text[..at]),
         None => text.to_owned(),
     }
@@ -143,6 +149,9 @@ mod tests {
         assert_eq!(table.render().lines().nth(1), Some("k\\n4\\u{1b}[2J\\u{9b}ä  t"));
         assert_eq!(cut(&"ä".repeat(61)), format!("{}…", "ä".repeat(60)));
         assert_eq!(cut(&"ä".repeat(60)), "ä".repeat(60));
+        // Wider than a format can say: it panicked.
+        table.row(vec!["i".repeat(70_000), "t".into()]);
+        assert_eq!(table.render().lines().last().map(|line| line.chars().count()), Some(CELL_MAX + 1 + 2 + 1));
     }
 
     #[test]

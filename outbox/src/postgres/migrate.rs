@@ -73,13 +73,13 @@ async fn run(client: &mut Client, tables: &Tables) -> Result<Vec<&'static str>, 
 
 /// The steps as SQL, to be read or run by hand.
 pub fn print_migrations(tables: &Tables) -> String {
-    let mut sql = format!("{};\n", tables.qualify(CREATE));
+    let mut sql = format!("BEGIN;\n\n{};\n", tables.qualify(CREATE));
     for (version, name, script) in MIGRATIONS {
         let record = tables.qualify(RECORD).replace("$1", &version.to_string()).replace("$2", &format!("'{name}'"));
         write!(sql, "\n-- Step {version}: {name}\n{}\n{record};\n", tables.qualify(script).trim_end())
             .expect("writing to a string does not fail");
     }
-    sql + "\n" + &tables.qualify(REGISTER_LOG).replace("$1", "gen_random_uuid()::text") + ";\n"
+    sql + "\n" + &tables.qualify(REGISTER_LOG).replace("$1", "gen_random_uuid()::text") + ";\n\nCOMMIT;\n"
 }
 
 /// Fails unless the tables are those of this build.

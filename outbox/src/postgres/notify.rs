@@ -143,9 +143,18 @@ impl Drop for Listener {
 
 /// Listens for ever, on one connection after the other. What came while there was none is told of by every new one.
 async fn listen(config: PostgresConfig, sql: String, heard: watch::Sender<()>) -> Infallible {
+    let mut told = None;
     loop {
-        let ended = config.listen(&sql, &heard).await;
-        tracing::debug!(error = ended.err().map(tracing::field::display), "listening for notifications ended");
+        let ended = config.listen(&sql, &heard).await.err();
+        let says = ended.as_ref().map(ToString::to_string);
+        match ended {
+            // Said once: nothing is lost by it but time.
+            Some(error) if !error.kind().may_heal() && told != says => {
+                tracing::error!(%error, "no notifications are heard, so events are found by polling alone");
+                told = says;
+            }
+            error => tracing::debug!(error = error.map(tracing::field::display), "listening for notifications ended"),
+        }
         tokio::time::sleep(RECONNECT).await;
     }
 }

@@ -630,7 +630,7 @@ impl Session {
     fn prune_when_due(&mut self) {
         let Some(retention) = self.config.retention else { return };
         if let Some(pruned) = self.pruning.take() {
-            let more = pruned.inspect_err(|error| tracing::warn!(%error, "the janitor failed")).is_ok_and(|p| p.more);
+            let more = pruned.inspect_err(janitor_failed).is_ok_and(|pruned| pruned.more);
             self.prune_due = Some(now() + if more { PRUNE_PAUSE_MIN } else { prune_pause(retention) });
         }
         if !self.pruning.is_busy() && self.prune_due.is_some_and(|due| due <= now()) {
@@ -647,7 +647,7 @@ impl Session {
             match self.log.prune(&self.config.owner, retention, PRUNE_ROWS_MAX).await {
                 Ok(pruned) if pruned.more => {}
                 Ok(_) => return,
-                Err(error) => return tracing::warn!(%error, "the janitor failed"),
+                Err(error) => return janitor_failed(&error),
             }
         }
     }
@@ -740,6 +740,14 @@ impl Session {
         }
         self.log_due = Some(now() + self.config.retry.backoff(self.log_failures, fastrand::f64()));
         Ok(())
+    }
+}
+
+/// Rows that are settled stay; what will not mend by itself must be seen.
+fn janitor_failed(error: &LogError) {
+    match error.kind().may_heal() {
+        true => tracing::warn!(%error, "settled rows could not be removed now"),
+        false => tracing::error!(%error, "settled rows cannot be removed: grant it, or set retention to never"),
     }
 }
 
