@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::Context;
-use outbox::Outbox;
+use outbox::{Outbox, PreparedAppend};
 use tokio::task::JoinSet;
 use tokio_postgres::{Client, Config, NoTls, Statement};
 
@@ -97,6 +97,7 @@ struct Service {
     outbox: Outbox,
     update: Statement,
     insert: Statement,
+    append: PreparedAppend,
     aggregates: std::ops::Range<i64>,
 }
 
@@ -109,6 +110,7 @@ impl Service {
         Ok(Self {
             update: client.prepare(&statement(UPDATE)).await?,
             insert: client.prepare(&statement(INSERT)).await?,
+            append: road.outbox.prepare(&client).await?,
             client,
             outbox: road.outbox.clone(),
             aggregates: first..first + AGGREGATES,
@@ -118,7 +120,7 @@ impl Service {
     /// The same statements by the same client, one after the other; with the append the commit brings an event along.
     async fn transact(&mut self, appends: bool) -> anyhow::Result<()> {
         let aggregate = fastrand::i64(self.aggregates.clone());
-        let transaction = self.outbox.begin(self.client.build_transaction()).await?;
+        let transaction = self.outbox.begin(self.client.build_transaction()).await?.prepared(&self.append);
         let version: i64 = transaction.query_one(&self.update, &[&aggregate]).await?.get(0);
         transaction.execute(&self.insert, &[&aggregate, &version]).await?;
         if appends {

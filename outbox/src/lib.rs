@@ -38,7 +38,7 @@ pub use log::{
 };
 #[cfg(feature = "postgres")]
 pub use postgres::{
-    PostgresConfig, PostgresLog, PostgresRows, PostgresTransaction, log_error as postgres_error,
+    PostgresConfig, PostgresLog, PostgresRows, PostgresTransaction, PreparedAppend, log_error as postgres_error,
     migrate as migrate_postgres, print_migrations as print_postgres_migrations,
 };
 pub use reader::LogReader;

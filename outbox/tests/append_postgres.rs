@@ -70,8 +70,9 @@ async fn by_tokio_postgres_with_the_commit_in_one_round_trip() {
     let database = Database::create().await;
     let proxy = Withholding::start(&database.url).await;
     let mut client = database.at(&proxy.url).client().await;
+    let one = database.outbox.prepare(&client).await.unwrap();
     for events in batches() {
-        let transaction = database.outbox.begin(client.build_transaction()).await.unwrap();
+        let transaction = database.outbox.begin(client.build_transaction()).await.unwrap().prepared(&one);
         // Of several statements the last one is sent with the COMMIT.
         if events.len() == 1 {
             proxy.withhold();

@@ -5,12 +5,12 @@ use std::{future::poll_fn, pin::pin, task::Poll};
 use async_trait::async_trait;
 use bus_core::{Timestamp, mutant};
 use tokio_postgres::{
-    Client, Transaction,
+    Client, Statement, Transaction,
     types::{ToSql, Type},
 };
 
 use super::log_error;
-use crate::{AppendError, Insert, OutboxTx, rows::extensions_json};
+use crate::{AppendError, Insert, LogError, OutboxTx, Tables, rows::extensions_json};
 
 /// All values are texts but the data, so that every client can bind them.
 const INSERT: &str = "INSERT INTO {p}outbox (id, topic, key, type, source, subject, content_type, extensions, time, data) \
@@ -121,35 +121,50 @@ fn parameters<'a>(rows: &'a PostgresRows<'_>) -> [(&'a (dyn ToSql + Sync), Type)
     ]
 }
 
-/// Inserts by a client that is in a transaction.
-async fn insert_by(client: &Client, insert: &Insert<'_>) -> Result<(), AppendError> {
+/// Inserts by a client that is in a transaction; a single event by the statement that was prepared, if one was.
+async fn insert_by(client: &Client, insert: &Insert<'_>, one: Option<&Statement>) -> Result<(), AppendError> {
     let mut first = 0;
     for rows in insert.postgres_rows() {
-        let sql = if rows.id.len() == 1 { insert.postgres_one() } else { insert.postgres_many() };
-        let inserted = client.execute_typed(&sql, &parameters(&rows)).await.map_err(log_error);
-        inserted.map_err(|error| AppendError::new(first, error))?;
+        let parameters = parameters(&rows);
+        let inserted = match (rows.id.len(), one) {
+            (1, Some(statement)) => client.execute(statement, &parameters.map(|(value, _)| value)).await,
+            (1, None) => client.execute_typed(&insert.postgres_one(), &parameters).await,
+            _ => client.execute_typed(&insert.postgres_many(), &parameters).await,
+        };
+        inserted.map_err(|error| AppendError::new(first, log_error(error)))?;
         first += rows.id.len();
     }
     Ok(())
 }
 
+/// Has the server parse and plan the insert of one event, for a connection that stays.
+pub(super) async fn prepare(client: &Client, tables: &Tables) -> Result<Statement, LogError> {
+    let mut types = [const { Type::TEXT }; 10];
+    types[9] = Type::BYTEA;
+    client.prepare_typed(&tables.qualify(INSERT), &types).await.map_err(log_error)
+}
+
 /// Inserts by a client that is in a transaction, and ends it in the last statement's round trip. An error before that
 /// leaves it open.
-pub(super) async fn insert_and_commit(transaction: Transaction<'_>, insert: &Insert<'_>) -> Result<(), AppendError> {
+pub(super) async fn insert_and_commit(
+    transaction: Transaction<'_>,
+    insert: &Insert<'_>,
+    one: Option<&Statement>,
+) -> Result<(), AppendError> {
     let events = insert.events;
     let (before, last) = events.split_at(events.len().saturating_sub(1) / ROWS_PER_INSERT * ROWS_PER_INSERT);
     let client = transaction.client();
-    insert_by(client, &Insert { events: before, ..*insert }).await?;
+    insert_by(client, &Insert { events: before, ..*insert }, None).await?;
     // Each call sends its message before it waits. Where the insert is refused, the server answers the COMMIT that is
     // already there by rolling back.
     let last = Insert { events: last, ..*insert };
     let (inserted, committed) = match mutant("insert-awaited-first") {
-        false => match sent_one_after_the_other(insert_by(client, &last), client.batch_execute("COMMIT")).await {
+        false => match sent_one_after_the_other(insert_by(client, &last, one), client.batch_execute("COMMIT")).await {
             Ok(answers) => answers,
             // The client refused to send it: there is nothing to commit.
             Err(refused) => return refused.map_err(|error| error.behind(before.len())),
         },
-        true => (insert_by(client, &last).await, client.batch_execute("COMMIT").await),
+        true => (insert_by(client, &last, one).await, client.batch_execute("COMMIT").await),
     };
     // It is over, whatever the answers: the ROLLBACK that a drop would send is for nothing.
     std::mem::forget(transaction);
@@ -174,7 +189,7 @@ async fn sent_one_after_the_other<A, B>(
 #[async_trait]
 impl OutboxTx for Transaction<'_> {
     async fn insert(&mut self, insert: &Insert<'_>) -> Result<(), AppendError> {
-        insert_by(self.client(), insert).await?;
+        insert_by(self.client(), insert, None).await?;
         if mutant("append-commits-alone") {
             let committed = self.client().batch_execute("COMMIT; BEGIN").await.map_err(log_error);
             committed.map_err(|error| AppendError::new(0, error))?;
@@ -187,7 +202,7 @@ impl OutboxTx for Transaction<'_> {
 #[async_trait]
 impl OutboxTx for deadpool_postgres::Transaction<'_> {
     async fn insert(&mut self, insert: &Insert<'_>) -> Result<(), AppendError> {
-        insert_by(Transaction::client(self), insert).await
+        insert_by(Transaction::client(self), insert, None).await
     }
 }
 

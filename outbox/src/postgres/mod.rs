@@ -46,7 +46,7 @@ pub use append::PostgresRows;
 pub use config::PostgresConfig;
 pub use error::log_error;
 pub(crate) use notify::Notifier;
-pub use transaction::PostgresTransaction;
+pub use transaction::{PostgresTransaction, PreparedAppend};
 
 pub use migrate::{migrate, print_migrations};
 
