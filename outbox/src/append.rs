@@ -133,12 +133,11 @@ impl Outbox {
         if checked.is_empty() {
             return Ok(());
         }
-        let insert = Insert {
-            tables: &self.config.tables,
-            events: &checked,
-            allow_relaxed_sync: self.config.allow_relaxed_sync,
-        };
-        transaction.insert(&insert).await
+        transaction.insert(&self.insert_of(&checked)).await
+    }
+
+    pub(crate) fn insert_of<'a>(&'a self, checked: &'a [Event]) -> Insert<'a> {
+        Insert { tables: &self.config.tables, events: checked, allow_relaxed_sync: self.config.allow_relaxed_sync }
     }
 
     /// The events, each within the rules and the limit.

@@ -107,7 +107,11 @@ async fn whatever_writers_do_is_read_once_in_order() {
         let log = if n < 2 { Arc::clone(&shared) } else { database.log("projection").await };
         projections.spawn(Projection::new(log, seed ^ n).run(Arc::clone(&database), Arc::clone(&end)));
     }
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    let (counting, count) = (database.client().await, database.sql("SELECT count(*) FROM {p}outbox"));
+    until("enough is committed", async || {
+        counting.query_one(&count, &[]).await.expect("a count").get::<_, i64>(0) > 800
+    })
+    .await;
     stop.store(true, Ordering::SeqCst);
     writers.join_all().await;
     end.store(true, Ordering::SeqCst);

@@ -221,11 +221,9 @@ impl Config {
         let url = setting(flag, "OUTBUS_DATABASE_URL", &self.database.url)?.ok_or_else(missing)?;
         let listen_url = setting(None, "OUTBUS_DATABASE_LISTEN_URL", &self.database.listen_url)?;
         // Which of the two is wrong must be told.
-        if let Some(listen_url) = &listen_url {
-            PostgresConfig::from_url(listen_url)
-                .map_err(|error| Failure::usage("config", format!("`database.listen_url`: {error}")))?;
-        }
-        Database::from_url(&url, listen_url.as_deref())
+        let listen = listen_url.map(|url| PostgresConfig::from_url(&url)).transpose();
+        let listen = listen.map_err(|error| Failure::usage("config", format!("`database.listen_url`: {error}")))?;
+        Database::from_url(&url, listen)
     }
 
     /// The bus: the flag's, else the environment's, else the file's.

@@ -23,13 +23,12 @@ pub(crate) enum DatabaseKind {
 }
 
 impl Database {
-    /// Reads the URL, and one to listen for notifications at; connects to nothing.
-    pub(crate) fn from_url(url: &str, listen_url: Option<&str>) -> Result<Self, Failure> {
+    /// Reads the URL, beside where notifications are listened for; connects to nothing.
+    pub(crate) fn from_url(url: &str, listen: Option<PostgresConfig>) -> Result<Self, Failure> {
         let kind = match url.split_once(':') {
             Some(("sqlite", _)) => DatabaseKind::Sqlite(Box::new(sqlite_options(url)?)),
             Some(("postgres" | "postgresql", _)) => {
                 let config = PostgresConfig::from_url(url)?;
-                let listen = listen_url.map(PostgresConfig::from_url).transpose()?;
                 DatabaseKind::Postgres(Box::new(match listen {
                     Some(listen) => config.listen_at(listen),
                     None => config,

@@ -68,9 +68,8 @@ impl PostgresConfig {
         let mut tls = Tls { mode: TlsMode::Prefer, root: None };
         let mut rest = Vec::new();
         for option in parsed.query().unwrap_or_default().split('&').filter(|option| !option.is_empty()) {
-            // A plus is a plus here, as for libpq; the rest stays as it is encoded.
-            let pair = option.replace('+', "%2B");
-            let decoded = form_urlencoded::parse(pair.as_bytes()).next();
+            // What is not ours stays as it is encoded.
+            let decoded = form_urlencoded::parse(option.as_bytes()).next();
             match decoded.as_ref().map(|(name, value)| (&**name, &**value)) {
                 Some(("sslmode", value)) => tls.mode = value.parse().map_err(invalid)?,
                 Some(("sslrootcert", value)) => tls.root = Some(value.to_owned()),

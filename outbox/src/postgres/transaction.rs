@@ -12,7 +12,7 @@ use super::{
     append::{insert_and_commit, prepare},
     log_error,
 };
-use crate::{AppendError, LogError, Outbox, append::Insert};
+use crate::{AppendError, LogError, Outbox};
 
 impl Outbox {
     /// Begins a transaction of tokio-postgres that can end with its events:
@@ -98,8 +98,7 @@ impl<'a> PostgresTransaction<'a> {
         if events.is_empty() {
             return transaction.commit().await.map_err(|error| AppendError::new(0, log_error(error)));
         }
-        let insert = Insert { tables: outbox.tables(), events: &events, allow_relaxed_sync: false };
-        insert_and_commit(transaction, &insert, one.map(|one| &one.0)).await?;
+        insert_and_commit(transaction, &outbox.insert_of(&events), one.map(|one| &one.0)).await?;
         outbox.wake();
         Ok(())
     }
